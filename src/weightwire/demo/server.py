@@ -1,0 +1,122 @@
+"""A vLLM server as a process of our own: started, waited for, and stopped whatever happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx2 as httpx
+
+from weightwire.errors import DeadlineError, EngineLost, WeightwireError
+
+__all__ = ["Server", "free_port"]
+
+_READY_SECONDS = 420.0
+_STOP_SECONDS = 20.0
+_TAIL_LINES = 25
+
+# A model this small is fastest on one thread, which leaves the other core to the trainer.
+_ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+class Server:
+    """`command`, which is to answer at `url`. As a context it runs from the start to the end of it.
+
+    When it fails meanwhile, the end of its log is shown on stderr.
+    """
+
+    def __init__(self, command: Sequence[str], url: str, *, log: Path, environment: Mapping[str, str]) -> None:
+        self.url = url
+        self._command = command
+        self._log = log
+        self._environment = environment
+
+    def __enter__(self) -> Self:
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **_ENVIRONMENT, **self._environment},
+                # Its own session: Ctrl-C reaches us alone, and we stop it with all the processes that it started.
+                start_new_session=True,
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        died = self._process.poll() is not None
+        try:
+            if isinstance(error, Exception) and (died or self._is_of(error)):
+                self._show_log()
+        finally:
+            self._stop()
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _READY_SECONDS
+        while not self._is_healthy():
+            if (code := self._process.poll()) is not None:
+                raise EngineLost(
+                    f"the server ended with exit code {code} before it was ready",
+                    engine=self.url,
+                    phase="start",
+                    next_step="The end of its log is above; `weightwire doctor` says what this machine lacks.",
+                )
+            if time.monotonic() > deadline:
+                raise DeadlineError(
+                    f"the server was not ready within {_READY_SECONDS:.0f} s",
+                    engine=self.url,
+                    phase="start",
+                    next_step="The end of its log is above; is the machine busy with something else?",
+                )
+            time.sleep(0.2)
+
+    def _is_healthy(self) -> bool:
+        try:
+            return bool(httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False).is_success)
+        except httpx.TransportError:
+            return False
+
+    def _is_of(self, error: Exception) -> bool:
+        return isinstance(error, WeightwireError) and error.engine == self.url
+
+    def _show_log(self) -> None:
+        lines = self._log.read_text(errors="replace").splitlines()[-_TAIL_LINES:]
+        print(
+            "\n".join([f"the log of {self.url} ends:", *(f"  {line}" for line in lines)]), file=sys.stderr, flush=True
+        )
+
+    def _stop(self) -> None:
+        try:
+            self._process.terminate()
+            self._process.wait(_STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Whoever of its session is still there: the server itself, or workers that it left behind.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()

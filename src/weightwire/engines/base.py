@@ -1,0 +1,77 @@
+"""The two ports: `Engine`, which a publisher drives, and `Target`, which a worker implements."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from weightwire.receiver import Staging, Target
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import EngineReceipt
+
+__all__ = ["Begun", "Engine", "EngineStatus", "Pause", "Staging", "Target"]
+
+Pause = Literal["keep", "wait", "abort"]
+"""What happens to requests in flight: they go on under the new weights, are waited for, or are aborted."""
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of itself. `version` is None until a first update; `offers` answers each transport offered
+    (None: it can be used; else why not); `update` is who holds the engine, and until when."""
+
+    engine: str
+    model: str
+    ranks: int
+    version: int | None
+    state: Literal["idle", "staging", "sealed", "poisoned"]
+    poisoned: str | None = None
+    update: dict[str, Any] | None = None
+    offers: dict[str, str | None] = {}
+    adapters: list[dict[str, Any]] = []
+    receipt: EngineReceipt | None = None
+
+
+class Begun(msgspec.Struct, frozen=True, kw_only=True):
+    """An update that an engine has accepted: its id there, and how many ranks will fetch buckets."""
+
+    id: str
+    ranks: int
+
+
+class Engine(Protocol):
+    """A running engine. Every call ends by `timeout` seconds, with a `WeightwireError` that names the engine."""
+
+    name: str
+    host: str
+    """Where it runs: a host name or address, empty for this machine."""
+    over_http: bool
+    """Whether it is spoken to over HTTP, so that buckets can travel that way too."""
+
+    def status(self, offers: Sequence[str] = (), *, timeout: float = 30.0) -> EngineStatus:
+        """The engine's state. `offers` are addresses of transports to be tried (`transports.resolve`)."""
+
+    def begin(self, manifest: Manifest, *, holder: str, lease: float, timeout: float) -> Begun:
+        """Check a manifest on every rank and take the engine for this update."""
+
+    def stage(self, id: str, address: str, *, timeout: float) -> None:
+        """Have every rank fetch every bucket from `address`; returns when all have."""
+
+    def put(self, id: str, index: int, body: memoryview, *, timeout: float) -> None:
+        """Hand one bucket's bytes to every rank."""
+
+    def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
+        """Verify on every rank, and make ready to commit."""
+
+    def commit(self, id: str, *, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+        """Make it live on every rank, between two model steps."""
+
+    def abort(self, id: str, *, timeout: float) -> None:
+        """Forget the update; the old version serves on."""
+
+    def check_caller(self) -> None:
+        """Raise `UsageError` on a thread that the engine needs itself, where a publish would wait for ever."""
+
+    def close(self) -> None:
+        """Let go of what this handle holds; the engine itself runs on."""

@@ -1,0 +1,273 @@
+"""Control: one update taken through all ranks of one engine.
+
+It runs beside the engine, in its API server or in the trainer's own process, and keeps no state: what is true is in
+the workers' receivers. Every step asks all ranks and takes the strictest answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+import time
+from collections.abc import Awaitable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+from weightwire.engines.base import Begun, EngineStatus, Pause
+from weightwire.errors import (
+    DeadlineError,
+    EngineLost,
+    ManifestError,
+    PoisonedError,
+    ShapeMismatch,
+    StateError,
+    UpdateNotFound,
+    WeightwireError,
+)
+from weightwire.receiver import decode_reply, encode_call
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import EngineReceipt, Proof, weakest
+
+__all__ = ["Control", "Host"]
+
+logger = logging.getLogger("vllm.weightwire.control")
+
+T = TypeVar("T")
+_CLEAN_UP_SECONDS = 20.0
+_unwaited: set[asyncio.Future[None]] = set()
+
+
+class Host(Protocol):
+    """What an engine offers besides its workers' receivers."""
+
+    name: str
+    model: str
+
+    async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
+
+    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+        """Stand between two model steps, with in-flight requests dealt with as `mode` says."""
+
+    async def resume(self) -> None:
+        """Generate again."""
+
+    async def refuse(self, reason: str) -> None:
+        """Paused for good: end what is in flight and refuse to generate, giving the reason."""
+
+    async def label(self, version: int) -> None:
+        """Put the version on outputs, where the engine can."""
+
+
+class Control:
+    """The steps of an update, for every rank of the engine that `host` is part of."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    async def status(self, offers: Sequence[str], timeout: float) -> EngineStatus:
+        ranks = await self._all("status", timeout)
+        refusals = await self._all("try_offers", timeout, offers=list(offers)) if offers else []
+        first = ranks[0]
+        versions = {rank["version"] for rank in ranks}
+        poisoned = next((rank["poisoned"] for rank in ranks if rank["poisoned"]), None)
+        if len(versions) > 1 and poisoned is None:
+            poisoned = f"ranks disagree on the version: {sorted(versions, key=str)}"
+        return EngineStatus(
+            engine=self.host.name,
+            model=self.host.model,
+            ranks=len(ranks),
+            # Where they differ, what the last rank still holds: the engine has been no further as a whole.
+            version=None if None in versions else min(versions),
+            state="poisoned" if poisoned and not first["update"] else first["state"],
+            poisoned=poisoned,
+            update=first["update"],
+            offers={offer: next((r[offer] for r in refusals if r[offer]), None) for offer in offers},
+            receipt=first["receipt"] and msgspec.convert(first["receipt"], EngineReceipt),
+        )
+
+    async def poisoned(self, timeout: float) -> str | None:
+        """Why the engine refuses to generate, or None."""
+        return (await self.status((), timeout)).poisoned
+
+    async def begin(self, manifest: Manifest, holder: str, lease: float, timeout: float) -> Begun:
+        id = secrets.token_hex(16)
+        plain = msgspec.to_builtins(manifest)
+        try:
+            ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease)
+            _refuse_left_over(manifest, ranks)
+        except (WeightwireError, asyncio.CancelledError) as error:
+            await self._give_up(id, error, "another rank refused it, or its trainer hung up")
+            raise
+        return Begun(id=id, ranks=len(ranks))
+
+    async def stage(self, id: str, address: str, timeout: float) -> None:
+        await self._work("stage", timeout, id=id, address=address)
+
+    async def put(self, id: str, index: int, body: bytes, timeout: float) -> None:
+        await self._work("put", timeout, body=body, id=id, index=index)
+
+    async def seal(self, id: str, digests: Sequence[str], timeout: float) -> None:
+        await self._work("seal", timeout, id=id, digests=list(digests))
+
+    async def commit(self, id: str, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+        deadline = time.monotonic() + timeout
+        # Asked before anything is paused: a commit that cannot succeed must not cost a pause. From here on the lease
+        # cannot end, since a pause may have to wait for long requests.
+        hold = timeout + _CLEAN_UP_SECONDS
+        for rank in await self._all("poll", timeout, phase="commit", id=id, hold=hold):
+            if rank["state"] != "sealed":
+                raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
+        started = time.monotonic()
+        try:
+            await self._in_time(self.host.pause(pause, not keep_cache), timeout, "pause")
+            parts = await self._apply(id, deadline)
+            await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
+            resumed = time.monotonic()
+            proven = await self._prove(id, deadline)
+        except BaseException as error:
+            poisoned = await self._after_failed_commit(id)
+            if poisoned is None or not isinstance(error, Exception) or isinstance(error, (PoisonedError, EngineLost)):
+                raise
+            raise PoisonedError(
+                poisoned,
+                engine=self.host.name,
+                phase="commit",
+                next_step="The engine refuses to generate. Publish a complete update to heal it.",
+            ) from error
+        receipt = self._receipt(parts, resumed - started, time.monotonic() - resumed, proven)
+        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
+        return receipt
+
+    async def _apply(self, id: str, deadline: float) -> list[dict[str, Any]]:
+        try:
+            parts = await self._all("commit", deadline - time.monotonic(), id=id)
+            # It is live: what is left to do gets its time, so that the engine stays neither paused nor mislabelled.
+            left = max(deadline - time.monotonic(), _CLEAN_UP_SECONDS)
+            await self._in_time(self.host.label(parts[0]["version"]), left, "commit")
+        except BaseException as error:
+            # Some ranks may hold the new version, or outputs would bear the wrong one.
+            await self._clean_up("poison", reason=f"a commit failed: {error}")
+            raise
+        return parts
+
+    async def _after_failed_commit(self, id: str) -> str | None:
+        """Refuse to generate, and say why, or go on with what was served before. Only the workers know which."""
+        try:
+            poisoned = await self.poisoned(_CLEAN_UP_SECONDS)
+        except WeightwireError as lost:
+            poisoned = f"its workers do not answer: {lost.message}"
+        else:
+            # A rank that the commit did not reach holds the update still, and for long.
+            await self._clean_up("abort", id=id, reason="its commit failed")
+        if poisoned:
+            await self.host.refuse(poisoned)
+        else:
+            await self.host.resume()
+        return poisoned
+
+    async def _prove(self, id: str, deadline: float) -> dict[str, Proof]:
+        wait = 0.001
+        # It is live and generating; a deadline that ends now must not hide that.
+        deadline = max(deadline, time.monotonic() + _CLEAN_UP_SECONDS)
+        while None in (ranks := await self._all("proof", deadline - time.monotonic(), phase="commit", id=id)):
+            await asyncio.sleep(wait)
+            wait = min(wait * 1.5, 0.02)
+        return weakest(ranks)
+
+    def _receipt(
+        self, parts: list[dict[str, Any]], paused: float, verifying: float, proven: dict[str, Proof]
+    ) -> EngineReceipt:
+        # A phase takes as long as its slowest rank.
+        seconds = {phase: max(part["seconds"][phase] for part in parts) for phase in parts[0]["seconds"]}
+        seconds["verify"] = verifying
+        return msgspec.convert(
+            {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": paused,
+             "proven": proven}, EngineReceipt,
+        )  # fmt: skip
+
+    async def abort(self, id: str, timeout: float) -> None:
+        await self._all("abort", timeout, id=id)
+
+    # -- asking every rank -----------------------------------------------------------------------------------------
+
+    async def _work(self, op: str, timeout: float, *, body: bytes | None = None, **arguments: Any) -> None:
+        """Start long work on every rank and wait for it. What cannot be mended by calling again aborts the update."""
+        id, deadline = arguments["id"], time.monotonic() + timeout
+        try:
+            await self._all(op, timeout, body=body, **arguments)
+            wait = 0.001
+            while any(r["busy"] for r in await self._all("poll", deadline - time.monotonic(), phase=op, id=id)):
+                await asyncio.sleep(wait)
+                wait = min(wait * 1.5, 0.02)
+        except (StateError, ManifestError, UpdateNotFound):
+            raise
+        except WeightwireError as error:
+            await self._give_up(id, error, error.message)
+            raise
+        except asyncio.CancelledError as error:
+            await self._give_up(id, error, "the trainer hung up")
+            raise
+
+    async def _all(
+        self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any
+    ) -> list[Any]:
+        """Every rank's answer, or the first error of any."""
+        phase = phase or op
+        replies = await self._in_time(self.host.call(op, encode_call(**arguments), body, timeout), timeout, phase)
+        answers: list[Any] = []
+        errors: list[WeightwireError] = []
+        for reply in replies:
+            try:
+                answers.append(decode_reply(reply))
+            except WeightwireError as error:
+                errors.append(error)
+        if errors:
+            raise errors[0].at(engine=self.host.name, phase=phase)
+        return answers
+
+    async def _give_up(self, id: str, error: BaseException, reason: str) -> None:
+        task = asyncio.ensure_future(self._clean_up("abort", id=id, reason=reason))
+        if isinstance(error, DeadlineError):
+            # The trainer's time is over; workers that did not answer it are not waited for again.
+            _unwaited.add(task)
+            task.add_done_callback(_unwaited.discard)
+        else:
+            await task
+
+    async def _clean_up(self, op: str, **arguments: Any) -> None:
+        try:
+            await self._all(op, _CLEAN_UP_SECONDS, **arguments)
+        except WeightwireError as error:
+            logger.warning("weightwire: could not %s: %s", op, error)
+
+    async def _in_time(self, work: Awaitable[T], timeout: float, phase: str) -> T:
+        try:
+            # Nothing is begun when no time is left, however quick it might be.
+            return await asyncio.wait_for(work, timeout)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"no answer within {max(timeout, 0):.1f} s",
+                engine=self.host.name,
+                phase=phase,
+                next_step="The engine is stuck or its workers are gone; look at its log.",
+            ) from error
+
+
+def _refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:
+    """Raise when there are elements that no rank takes. vLLM's loaders take a slice out of a tensor that is too large,
+    and say nothing."""
+    if any(takes is None for takes in ranks):
+        return
+    for number, spec in enumerate(manifest.tensors):
+        # Ranks that hold the same part hold it alike; different parts do not overlap.
+        boxes = {(tuple(start), tuple(shape)) for takes in ranks for start, shape in takes[number]}
+        taken = sum(math.prod(shape) for _, shape in boxes)
+        if taken < spec.numel:
+            raise ShapeMismatch(
+                f"{spec.name} has {spec.numel} elements, of which the model takes {taken}",
+                next_step="Publish a model of the same architecture.",
+            )

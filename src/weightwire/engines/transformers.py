@@ -1,0 +1,236 @@
+"""A Transformers model in this process as an engine: everything that needs no vLLM, in one file.
+
+Its weights are plain tensors, so an update is proven by reading all of them back. A commit falls between two calls of
+the model; a `generate` in flight finishes first, whatever `pause` asks for, since its cache could not be made anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import psutil
+import torch
+
+from weightwire import transports
+from weightwire.engines.base import Pause
+from weightwire.engines.local import LocalEngine, in_thread
+from weightwire.errors import (
+    EngineLost,
+    MissingTensor,
+    NonFinite,
+    PoisonedError,
+    ShapeMismatch,
+    UnknownTensor,
+    VerificationError,
+)
+from weightwire.receiver import Receiver
+from weightwire.updates.digest import Scan, scan
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import Proof
+
+__all__ = ["ModuleTarget", "TransformersEngine"]
+
+
+class ModuleTarget:
+    """The `Target` port for a module whose state is plain CPU or GPU tensors under checkpoint names."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def prepare(self, manifest: Manifest) -> _Staged:
+        live = {name: t for name, t in self._module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
+        return _Staged(manifest, check(manifest, live))
+
+    def room(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+
+def check(manifest: Manifest, live: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """The live tensors, by name, that take each tensor of a manifest: one, and each alias that is kept apart here.
+
+    Raises when one is unknown, missing, or of a shape or dtype that does not fit; floating-point ones are cast.
+    """
+    unknown = [spec.name for spec in manifest.tensors if spec.name not in live]
+    if unknown:
+        raise UnknownTensor(
+            f"the model has no {', '.join(unknown[:5])} ({len(unknown)} unknown names)",
+            next_step="Publish a model of the same architecture.",
+        )
+    places = {spec.name: {spec.name: live[spec.name]} for spec in manifest.tensors}
+    for alias, name in manifest.aliases.items():
+        if alias in live and live[alias].data_ptr() != live[name].data_ptr():
+            places[name][alias] = live[alias]
+    for spec in manifest.tensors:
+        for name, tensor in places[spec.name].items():
+            if tuple(tensor.shape) != spec.shape or not _castable(getattr(torch, spec.dtype), tensor.dtype):
+                here = f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+                raise ShapeMismatch(f"{name} is {here} here, {spec.dtype} {spec.shape} was announced")
+    reached = {tensor.data_ptr() for taking in places.values() for tensor in taking.values()}
+    missing = [name for name, tensor in live.items() if tensor.numel() and tensor.data_ptr() not in reached]
+    if missing and not manifest.partial:
+        raise MissingTensor(
+            f"nothing was sent for {', '.join(missing[:5])} ({len(missing)} parameters)",
+            next_step="Send every parameter, or publish with partial=True.",
+        )
+    return list(places.values())
+
+
+def _castable(announced: torch.dtype, live: torch.dtype) -> bool:
+    return announced == live or (announced.is_floating_point and live.is_floating_point)
+
+
+class _Staged:
+    takes = None
+
+    def __init__(self, manifest: Manifest, places: list[dict[str, torch.Tensor]]) -> None:
+        self._places = places
+        self._live = {name: tensor for taking in places for name, tensor in taking.items()}
+        self._finite = manifest.finite
+        self._staged: dict[str, torch.Tensor] = {}
+        self._scans: dict[str, Scan] = {}
+        self.nbytes = sum(tensor.nbytes for tensor in self._live.values())
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        for name, live in self._places[tensor].items():
+            if name not in self._staged:
+                self._staged[name] = torch.empty(live.shape, dtype=live.dtype)
+            self._staged[name].view(-1)[start : start + data.numel()].copy_(data)
+
+    def seal(self) -> None:
+        self._scans = {name: scan(tensor) for name, tensor in self._staged.items()}
+        bad = [name for name, scanned in self._scans.items() if scanned.nonfinite]
+        if bad and self._finite:
+            raise NonFinite(
+                f"{', '.join(bad[:5])} overflowed in the cast to the engine's dtype",
+                next_step="Nothing was changed. Publish in that dtype, or with finite=False.",
+            )
+        first: dict[tuple[object, ...], str] = {}
+        for name in self._staged:
+            other = first.setdefault(_place(self._live[name]), name)
+            if self._scans[name] != self._scans[other]:
+                raise VerificationError(
+                    f"{other} and {name} are one tensor here, and two different ones were sent",
+                    next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
+                )
+
+    def commit(self) -> None:
+        with torch.no_grad():
+            for name, staged in self._staged.items():
+                self._live[name].copy_(staged)
+
+    def proof(self) -> dict[str, Proof]:
+        for name, scanned in self._scans.items():
+            if scan(self._live[name].detach().cpu()) != scanned:
+                raise VerificationError(f"{name} was read back from the live model and is not what was sent")
+        return dict.fromkeys(self._live, "read back")
+
+    def discard(self) -> None:
+        self._staged.clear()
+
+
+def _place(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+class _Host:
+    """The `Host` port for one module: one rank, its receiver, and a lock around each use of the model."""
+
+    def __init__(self, name: str, module: torch.nn.Module, lock: threading.RLock) -> None:
+        self.name = name
+        self.model = type(module).__name__
+        self.receiver = Receiver(ModuleTarget(module), transports.fetch, probe=transports.probe, sweep=transports.sweep)
+        self.refusal: str | None = None
+        self._lock = lock
+        self._release = threading.Event()
+
+    async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        return [await in_thread(lambda: self.receiver.handle(op, arguments, body))]
+
+    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+        # A lock belongs to the thread that takes it; this one holds it until `resume`.
+        taken, release = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with self._lock:
+                taken.set()
+                release.wait()
+
+        self._release = release
+        threading.Thread(target=hold, name="weightwire-pause", daemon=True).start()
+        try:
+            while not await in_thread(lambda: taken.wait(0.05)):
+                pass
+        except BaseException:
+            release.set()
+            raise
+
+    async def resume(self) -> None:
+        self.refusal = None
+        self._release.set()
+
+    async def refuse(self, reason: str) -> None:
+        self.refusal = reason
+        self._release.set()
+
+    async def label(self, version: int) -> None:
+        pass
+
+
+class TransformersEngine(LocalEngine):
+    """A model from Transformers (or any module that generates) in this process.
+
+    While the engine is connected, the model's own `generate` and forward pass wait for a commit under way, and raise
+    `PoisonedError` after one that failed. `close()` takes that away again.
+    """
+
+    def __init__(self, model: torch.nn.Module, *, name: str | None = None) -> None:
+        self.model = model
+        self._lock = threading.RLock()
+        self._host = _Host(name or f"transformers:{type(model).__name__}@{id(model):x}", model, self._lock)
+        super().__init__(self._host)
+        self._hooks = [
+            model.register_forward_pre_hook(self._enter),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+        self._generate: Callable[..., Any] | None = getattr(model, "generate", None)
+        if self._generate is not None:
+            model.generate = _guarded(weakref.ref(self), self._generate)  # type: ignore[assignment]
+
+    @property
+    def receiver(self) -> Receiver:
+        return self._host.receiver
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._generate is not None:
+            self.model.__dict__.pop("generate", None)
+        self._host.receiver.close()
+
+    def _enter(self, *_: object) -> None:
+        # Released in `_leave`, which torch calls also when this raises.
+        self._lock.acquire()
+        self.check()
+
+    def _leave(self, *_: object) -> None:
+        self._lock.release()
+
+    def check(self) -> None:
+        """Raise `PoisonedError` if this engine refuses to generate."""
+        if (reason := self._host.refusal) is not None:
+            raise PoisonedError(reason, engine=self.name, next_step="Publish a complete update to heal it.")
+
+
+def _guarded(engine: weakref.ref[TransformersEngine], generate: Callable[..., Any]) -> Callable[..., Any]:
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        owner = engine()
+        if owner is None:
+            raise EngineLost("the engine around this model is gone")
+        with owner._lock:
+            owner.check()
+            return generate(*args, **kwargs)
+
+    return guarded

@@ -1,0 +1,54 @@
+"""What of vLLM this package leans on that is not public, in one place, and what this vLLM can do."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__all__ = ["PRIVATE", "missing_names", "supports"]
+
+PRIVATE: dict[str, tuple[str, ...]] = {
+    # module -> attributes, dotted where they are on a class
+    "vllm.v1.worker.worker_base": ("WorkerBase.get_model",),
+    "vllm.model_executor.model_loader.utils": ("initialize_model",),
+    "vllm.utils.torch_utils": ("set_default_torch_dtype",),
+    "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.process_weights_after_loading",),
+    "vllm.model_executor.layers.vocab_parallel_embedding": (
+        "UnquantizedEmbeddingMethod.process_weights_after_loading",
+    ),
+    "vllm.model_executor.layers.attention": ("Attention",),
+    "vllm.v1.engine.core_client": ("AsyncMPClient.pause_scheduler_async",),
+    "vllm.v1.engine.async_llm": (
+        "AsyncLLM.collective_rpc",
+        "AsyncLLM.pause_generation",
+        "AsyncLLM.resume_generation",
+        "AsyncLLM.errored",
+    ),
+    "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.collective_rpc", "LLMEngine.reset_prefix_cache"),
+    "vllm.plugins.endpoint_plugins.interface": ("EndpointPlugin",),
+}
+"""Every private name used, by module. `missing_names` must find them all in every vLLM supported."""
+
+
+def missing_names() -> list[str]:
+    """The names of `PRIVATE` that this vLLM does not have."""
+    missing = []
+    for module_name, names in PRIVATE.items():
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError:
+            missing.append(module_name)
+            continue
+        missing += [f"{module_name}.{name}" for name in names if _find(module, name) is None]
+    return missing
+
+
+def supports(owner: Any, name: str) -> bool:
+    """Whether an object of this vLLM has a method that others lack (`update_weight_version` came after 0.26)."""
+    return callable(getattr(owner, name, None))
+
+
+def _find(owner: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        owner = getattr(owner, part, None)
+    return owner

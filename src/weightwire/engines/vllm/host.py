@@ -1,0 +1,124 @@
+"""The `Host` port over vLLM's own engine objects: an `AsyncLLM` (which its API server uses too) and an `LLM`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from weightwire.engines.base import Pause
+from weightwire.engines.local import in_thread
+from weightwire.engines.vllm.compat import supports
+from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
+
+__all__ = ["AsyncHost", "SyncHost"]
+
+_CALL = "__weightwire__"
+_WATCH_SECONDS = 0.5
+
+
+class AsyncHost:
+    """An `AsyncLLM`, on the event loop that runs it. `refusal` is why it refuses to generate, or None."""
+
+    def __init__(self, engine: Any, name: str) -> None:
+        self._engine = engine
+        self.name = name
+        self.model = str(engine.model_config.model)
+        self.refusal: str | None = None
+
+    async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
+        # question. Control keeps the deadline; here the processes are watched, which vLLM's own call does not do.
+        self._raise_if_dead()
+        task = asyncio.ensure_future(self._engine.collective_rpc(_CALL, args=(op, arguments, body)))
+        try:
+            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+                self._raise_if_dead()
+            return list(task.result())
+        except (EngineLost, asyncio.CancelledError):
+            task.cancel()
+            raise
+        except Exception as error:
+            raise _lost(error, self.name) from error
+
+    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+        core = self._engine.engine_core
+        if supports(core, "pause_scheduler_async") and not self._engine.model_config.is_multimodal_model:
+            # What `pause_generation` does without its 20 ms of courtesy; with images it also clears their cache.
+            await core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+        else:
+            await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+
+    async def resume(self) -> None:
+        self.refusal = None
+        self._engine.__dict__.pop("add_request", None)
+        await self._engine.resume_generation()
+
+    async def refuse(self, reason: str) -> None:
+        async def add_request(*_: Any, **__: Any) -> None:
+            raise _poisoned(reason, self.name)
+
+        self.refusal = reason
+        self._engine.add_request = add_request  # on this one object, until `resume` takes it away again
+        if not self._engine.errored:
+            await self._engine.pause_generation(mode="abort", clear_cache=True)
+
+    async def label(self, version: int) -> None:
+        if supports(self._engine, "update_weight_version"):
+            await self._engine.update_weight_version(str(version))
+
+    def _raise_if_dead(self) -> None:
+        if self._engine.errored:
+            raise _lost(self._engine.dead_error, self.name)
+
+
+class SyncHost:
+    """An `LLM` in this process. Nothing runs beside it, so there is nothing to pause: `generate` and a publish are
+    calls of the same caller. Poisoned, it refuses new requests."""
+
+    def __init__(self, llm: Any, name: str) -> None:
+        self._llm = llm
+        self._engine = llm.llm_engine
+        self.name = name
+        self.model = str(llm.model_config.model)
+
+    async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        try:
+            return list(await in_thread(lambda: self._llm.collective_rpc(_CALL, args=(op, arguments, body))))
+        except Exception as error:
+            raise _lost(error, self.name) from error
+
+    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+        if clear_cache:
+            await in_thread(self._engine.reset_prefix_cache)
+
+    async def resume(self) -> None:
+        self._engine.__dict__.pop("add_request", None)
+
+    async def refuse(self, reason: str) -> None:
+        def add_request(*_: Any, **__: Any) -> None:
+            raise _poisoned(reason, self.name)
+
+        self._engine.add_request = add_request  # on this one object, until `resume` takes it away again
+
+    async def label(self, version: int) -> None:
+        if supports(self._engine, "set_weight_version"):
+            await in_thread(lambda: self._engine.set_weight_version(str(version)))
+
+
+def _poisoned(reason: str, name: str) -> PoisonedError:
+    return PoisonedError(reason, engine=name, next_step="Publish a complete update to heal it.")
+
+
+def _lost(error: BaseException | None, name: str) -> Exception:
+    text = str(error)
+    if "__weightwire__" in text and "attribute" in text:
+        return UnsupportedError(
+            "the workers do not have the weightwire plugin",
+            engine=name,
+            next_step="Let VLLM_PLUGINS load it, or pass worker_extension_cls=weightwire.WORKER_EXTENSION.",
+        )
+    return EngineLost(
+        f"its workers are gone: {type(error).__name__}: {text[:200]}",
+        engine=name,
+        next_step="Restart the engine, and look at its log for why it died.",
+    )

@@ -1,0 +1,161 @@
+"""The `Target` port over a vLLM worker: a staged copy in the shapes the live model loads, and its way in."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import torch
+
+from weightwire.engines.vllm import copy_plan, layout, skeleton
+from weightwire.engines.vllm.copy_plan import Plan
+from weightwire.engines.vllm.layout import Slot
+from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import Proof, weakest
+
+__all__ = ["VllmTarget"]
+
+
+class VllmTarget:
+    """One rank's model. The twin and the slots are made at the first update; a plan is kept while manifests agree."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._twin: torch.nn.Module | None = None
+        self._slots: list[Slot] = []
+        self._plan: tuple[object, Plan] | None = None
+
+    def prepare(self, manifest: Manifest) -> _Staged:
+        self._refuse_unsupported()
+        if self._twin is None:
+            twin = skeleton.build(self._worker.vllm_config)
+            self._slots = layout.find_slots(self._worker.get_model(), twin)
+            self._twin = twin
+        key = (manifest.tensors, manifest.aliases, manifest.partial)
+        if self._plan is None or self._plan[0] != key:
+            self._plan = (key, copy_plan.record(self._twin, manifest))
+        slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
+        return _Staged(manifest, self._plan[1], self._twin, slots)
+
+    def room(self) -> int:
+        # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
+        room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
+        limit = os.environ.get("WEIGHTWIRE_STAGING_LIMIT")
+        if limit is None:
+            return room
+        if not limit.isdigit():
+            raise UsageError(f"WEIGHTWIRE_STAGING_LIMIT={limit!r}", next_step="Give a number of bytes.")
+        return min(room, int(limit))
+
+    def _refuse_unsupported(self) -> None:
+        config = self._worker.vllm_config
+        for degree in ("data_parallel_size", "pipeline_parallel_size"):
+            if (size := getattr(config.parallel_config, degree)) > 1:
+                raise UnsupportedError(
+                    f"{degree}={size}",
+                    next_step="Run one server for each replica, without pipeline stages, and connect to the list.",
+                )
+        device = torch.device(self._worker.device)
+        if device.type != "cpu":
+            raise UnsupportedError(f"this version updates engines on a CPU only, this one is on {device.type}")
+        if int(config.compilation_config.mode or 0) != 0:
+            raise UnsupportedError(
+                "on a CPU, compiled code keeps the kernels' old weights",
+                next_step="Start the engine with --enforce-eager.",
+            )
+
+
+class _Staged:
+    """The staged copy of one rank. A module is made ready, on a thread of its own, as soon as all of its parameters
+    have arrived: its part of the staged copy becomes a packing while the next buckets are still on their way."""
+
+    def __init__(self, manifest: Manifest, plan: Plan, twin: torch.nn.Module, slots: list[Slot]) -> None:
+        self._manifest = manifest
+        self._plan = plan
+        self._twin = dict(twin.named_parameters())
+        self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
+        self._staged: dict[str, torch.Tensor] = {}
+        self.takes = [[copy.source for copy in copies] for copies in plan.copies]
+        self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
+        self.nbytes = sum(self._twin[name].nbytes for name in self._users)
+        self._awaited = Counter[str]()
+        self._cast: set[str] = set()
+        for spec, copies in zip(manifest.tensors, plan.copies, strict=True):
+            for copy in copies:
+                self._awaited[copy.parameter] += math.prod(copy.source.shape)
+                if getattr(torch, spec.dtype) != self._twin[copy.parameter].dtype:
+                    self._cast.add(copy.parameter)
+        self._waiting = list(self._slots)
+        self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
+        self._ready: list[Future[None]] = []
+        if manifest.partial:
+            self._keep_what_is_not_sent()
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        for copy in self._plan.copies[tensor]:
+            if copy.parameter not in self._staged:
+                self._allocate(copy.parameter)
+        written = self._plan.write(self._manifest.tensors[tensor], tensor, start, data, self._staged)
+        self._awaited.subtract(written)
+        self._make_ready_what_is_complete()
+
+    def seal(self) -> None:
+        self._make_ready_what_is_complete()
+        if self._waiting:
+            raise EngineError(f"{len(self._waiting)} modules did not get all of their parameters")
+        for ready in self._ready:
+            ready.result()
+
+    def _make_ready_what_is_complete(self) -> None:
+        complete = [s for s in self._waiting if not any(self._awaited[name] for name in s.parameters.values())]
+        for slot in complete:
+            self._waiting.remove(slot)
+            self._ready.append(self._packer.submit(self._make_ready, slot))
+
+    def _make_ready(self, slot: Slot) -> None:
+        names = set(slot.parameters.values())
+        for name in names & self._cast if self._manifest.finite else ():
+            # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
+            if not bool(torch.isfinite(self._staged[name]).all()):
+                raise NonFinite(
+                    f"{name} is not finite in the engine's {self._staged[name].dtype}",
+                    next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
+                )
+        slot.prepare(self._staged)
+        # A packed weight is needed no more once its last module has it, so that there is one staged copy, not two.
+        for name in names:
+            self._users[name] -= 1
+            if not self._users[name]:
+                self._staged.pop(name, None)
+
+    def commit(self) -> None:
+        for slot in self._slots:
+            slot.commit()
+
+    def proof(self) -> dict[str, Proof]:
+        return weakest(slot.proof() for slot in self._slots)
+
+    def discard(self) -> None:
+        self._packer.shutdown(wait=True, cancel_futures=True)
+        self._staged.clear()
+        self._slots.clear()
+
+    def _allocate(self, name: str) -> None:
+        parameter = self._twin[name]
+        staged = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        for fill in self._plan.fills.get(name, ()):
+            staged.as_strided(fill.shape, fill.strides, fill.offset).fill_(fill.value)
+        self._staged[name] = staged
+
+    def _keep_what_is_not_sent(self) -> None:
+        # A parameter may be sent in part, and a module is packed from all of its parameters.
+        for slot in self._slots:
+            for own, name in slot.parameters.items():
+                shape = self._twin[name].shape
+                if self._plan.covered.get(name, 0) < shape.numel() and name not in self._staged:
+                    self._staged[name] = slot.current(own, tuple(shape)).clone()

@@ -1,0 +1,440 @@
+"""The publisher: one source of weights, any number of engines, one version for all.
+
+Nobody commits before everybody has sealed, so up to that point a failure anywhere leaves every engine as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import operator
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import msgspec
+import torch
+
+from weightwire import sources, transports
+from weightwire.engines.base import Begun, Engine, Pause
+from weightwire.engines.connect import Engines, connect
+from weightwire.errors import (
+    DeadlineError,
+    EngineError,
+    PublishError,
+    SourceError,
+    UsageError,
+    WeightwireError,
+)
+from weightwire.sources.base import Source
+from weightwire.transports import Choice, Link, Sender, Transport
+from weightwire.updates.buckets import Bucket, cut
+from weightwire.updates.digest import NO_DIGEST, Scan
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import EngineReceipt, Receipt
+
+__all__ = ["Explanation", "Publisher"]
+
+logger = logging.getLogger("vllm.weightwire.publisher")
+
+T = TypeVar("T")
+_PHASES = ("begin", "stage", "seal", "commit")
+_ABORT_SECONDS = 5.0
+_SLACK_SECONDS = 60.0
+
+
+class Publisher:
+    """Puts the weights of `source` into `engines`.
+
+    `source`: a module (FSDP2 included; of DDP's replicas, rank 0 alone publishes), a mapping of names to tensors, the
+    path of a safetensors checkpoint, or any `sources.Source`. `engines`: what `connect` returns or takes. With a source
+    that is spread over the ranks of `torch.distributed`, every rank makes a publisher and all call `publish` together;
+    only rank 0 speaks to engines.
+
+    `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
+    bounds the trainer's extra memory: at most two buckets. An engine that hears nothing for `lease` seconds forgets
+    the update. A publish takes at most `deadline` seconds.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        engines: Any = None,
+        *,
+        transport: str | None = None,
+        bucket_bytes: int = 64 << 20,
+        lease: float = 60.0,
+        deadline: float = 600.0,
+    ) -> None:
+        if transport is not None and transport not in transports.NAMES:
+            raise UsageError(f"no transport {transport!r}", next_step=f"Known are {', '.join(transports.NAMES)}.")
+        if not 4096 <= bucket_bytes <= 1 << 30:
+            raise UsageError(f"bucket_bytes={bucket_bytes}", next_step="Take 4096 to 1073741824 bytes.")
+        if not 0 < lease <= 3600 or deadline <= 0:
+            raise UsageError(
+                f"lease={lease}, deadline={deadline}", next_step="Seconds: both must be positive, a lease at most 3600."
+            )
+        # The ranks wait for each other a little longer than rank 0 waits for engines, whose error then reaches all.
+        self._source = sources.find(source, timeout=deadline + _SLACK_SECONDS)
+        self._leads = self._source.ranks is None or self._source.ranks.rank == 0
+        self._engines = connect(engines) if self._leads and engines is not None else Engines(())
+        if self._leads and not self._engines:
+            raise UsageError("no engines", next_step="Pass what weightwire.connect(...) returned.")
+        self._wanted = transport
+        self._bucket_bytes = bucket_bytes
+        self._lease = lease
+        self._deadline = deadline
+        self._transports = transports.make()
+        self._choices: dict[str, Choice] = {}
+
+    def publish(
+        self,
+        version: int,
+        *,
+        partial: bool = False,
+        finite: bool = True,
+        pause: Pause = "keep",
+        keep_cache: bool = False,
+        deadline: float | None = None,
+    ) -> Receipt:
+        """Make the source's weights, as they are now, version `version` of every engine.
+
+        `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `pause` says what happens to requests
+        in flight (`engines.base.Pause`). The prefix cache is reset, unless `keep_cache`. Raises a `WeightwireError`
+        with the engine and the phase; unless that is `commit`, every engine still serves what it served before. After
+        it, `PublishError.outcomes` and each engine's `status()` say which has changed.
+        """
+        if pause not in ("keep", "wait", "abort"):
+            raise UsageError(f"pause={pause!r}", next_step="Take 'keep', 'wait' or 'abort'.")
+        version = _as_version(version)
+        if deadline is not None and deadline <= 0:
+            raise UsageError(f"deadline={deadline}: it is seconds and must be positive")
+        if self._source.ranks is not None and deadline is not None and deadline > self._deadline:
+            raise UsageError(
+                f"deadline={deadline}, but the ranks were told to wait for {self._deadline} s",
+                next_step="Give Publisher(..., deadline=...) the longest deadline of all.",
+            )
+        for engine in self._engines:
+            engine.check_caller()
+        run = _Run(self, time.monotonic() + (self._deadline if deadline is None else deadline))
+        with contextlib.closing(run):
+            return run.publish(version, partial, finite, pause, keep_cache)
+
+    def explain(self, *, timeout: float = 30.0) -> Explanation:
+        """What a publish would send, and by which transport to each engine; for each other transport, why not.
+        Like `publish`, all ranks of a source that is spread over several call it together."""
+        for engine in self._engines:
+            engine.check_caller()
+        specs = self._source.metadata()
+        return Explanation(
+            source=type(self._source).__name__,
+            tensors=len(specs),
+            nbytes=sum(spec.nbytes for spec in specs),
+            aliases=dict(self._source.aliases),
+            engines={engine.name: self._choose(engine, timeout) for engine in self._engines},
+        )
+
+    def close(self) -> None:
+        """Withdraw what was offered to engines, and leave the ranks' group. The engines themselves stay connected."""
+        for transport in self._transports.values():
+            transport.close()
+        self._choices.clear()
+        if self._source.ranks is not None:
+            self._source.ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _choose(self, engine: Engine, timeout: float) -> Choice:
+        if engine.name not in self._choices:
+            try:
+                self._choices[engine.name] = transports.resolve(
+                    self._transports,
+                    lambda offers: engine.status(offers, timeout=timeout).offers,
+                    host=engine.host,
+                    wanted=self._wanted,
+                    over_http=engine.over_http,
+                )
+            except WeightwireError as error:
+                raise error.at(engine=engine.name, phase="resolve") from None
+        return self._choices[engine.name]
+
+
+def _as_version(version: Any) -> int:
+    if hasattr(version, "__index__") and not isinstance(version, bool) and operator.index(version) >= 0:
+        return operator.index(version)
+    raise UsageError(f"version={version!r}", next_step="A version is a non-negative integer that only grows.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Explanation:
+    """What `Publisher.explain` found. `str()` of it is for people, `msgspec.to_builtins` of it for machines."""
+
+    source: str
+    tensors: int
+    nbytes: int
+    aliases: Mapping[str, str]
+    engines: Mapping[str, Choice]
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {self.tensors} tensors, {self.nbytes / 1e6:.1f} MB, {len(self.aliases)} aliases"]
+        for name, choice in self.engines.items():
+            lines.append(f"{name}: over {choice.name}")
+            lines += [f"  {t}: {reason or 'can be used'}" for t, reason in choice.reasons.items()]
+        return "\n".join(lines)
+
+
+class _Run:
+    """One publish. On rank 0 it drives the engines; on the others it only reads weights along."""
+
+    def __init__(self, publisher: Publisher, deadline: float) -> None:
+        self._publisher = publisher
+        self._source: Source = publisher._source
+        self._ranks = self._source.ranks
+        self._engines = list(publisher._engines)
+        self._deadline = deadline
+        self._pool = ThreadPoolExecutor(max_workers=max(1, 2 * len(self._engines)), thread_name_prefix="weightwire")
+        self._begun: dict[str, Begun] = {}
+        self._senders: list[Sender] = []
+        self._stages: list[Future[None]] = []
+        self._committing = False
+        self._done = False
+
+    def publish(self, version: int, partial: bool, finite: bool, pause: Pause, keep_cache: bool) -> Receipt:
+        marks = [time.perf_counter()]
+        specs = tuple(self._everywhere(self._source.metadata))
+        if not specs:
+            raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
+        draft = Manifest(
+            version=version,
+            tensors=specs,
+            aliases=dict(self._source.aliases),
+            partial=partial,
+            finite=finite,
+            bucket_bytes=self._publisher._bucket_bytes,
+        ).check()
+        manifest = self._from_leader(lambda: self._begin(draft), Manifest)
+        marks.append(time.perf_counter())
+        scans = self._stage(manifest)
+        marks.append(time.perf_counter())
+        self._on_leader(lambda: self._seal(scans))
+        marks.append(time.perf_counter())
+        receipts = self._from_leader(lambda: self._commit(pause, keep_cache), dict[str, EngineReceipt])
+        marks.append(time.perf_counter())
+        self._done = True
+        return Receipt(
+            version=version,
+            kind=manifest.kind,
+            tensors=len(specs),
+            nbytes=manifest.nbytes,
+            seconds={phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)},
+            engines=receipts,
+        )
+
+    def close(self) -> None:
+        """Free everything, and abort what was not committed."""
+        self._close_senders()
+        if not self._done:
+            # What was found out about the transports may no longer be so.
+            self._publisher._choices.clear()
+        if not self._done and not self._committing:
+            begun = [engine for engine in self._engines if engine.name in self._begun]
+            wait([self._pool.submit(engine.abort, self._id(engine), timeout=_ABORT_SECONDS) for engine in begun])
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._source.release()
+
+    # -- the steps, on rank 0 --------------------------------------------------------------------------------------
+
+    def _begin(self, draft: Manifest) -> Manifest:
+        choices = dict(self._each("resolve", lambda engine: self._publisher._choose(engine, self._left())))
+        used = {choice.name: self._publisher._transports[choice.name] for choice in choices.values()}
+        limits = [limit for transport in used.values() if (limit := transport.bucket_limit()) is not None]
+        manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([draft.bucket_bytes, *limits])))
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+
+        def begin(engine: Engine) -> Begun:
+            begun = engine.begin(manifest, holder=holder, lease=self._publisher._lease, timeout=self._left())
+            self._begun[engine.name] = begun
+            return begun
+
+        self._each("begin", begin)
+        buckets = cut(manifest)
+        for name, transport in used.items():
+            self._open(transport, [e for e in self._engines if choices[e.name].name == name], buckets)
+        return manifest
+
+    def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
+        links = [self._link(engine) for engine in engines]
+        sender = transport.sender(links, buckets, self._wait, self._publisher._lease)
+        self._senders.append(sender)
+        for engine, address in zip(engines, sender.addresses, strict=True):
+            if address is not None:
+                self._stages.append(self._pool.submit(self._fetch, engine, address))
+
+    def _link(self, engine: Engine) -> Link:
+        begun = self._begun[engine.name]
+
+        def put(index: int, body: memoryview) -> None:
+            try:
+                engine.put(begun.id, index, body, timeout=self._left())
+            except WeightwireError as error:
+                raise error.at(engine=engine.name, phase="stage") from None
+
+        return Link(update=begun.id, ranks=begun.ranks, put=put)
+
+    def _fetch(self, engine: Engine, address: str) -> None:
+        try:
+            engine.stage(self._begun[engine.name].id, address, timeout=self._left())
+        except WeightwireError as error:
+            raise error.at(engine=engine.name, phase="stage") from None
+
+    def _stage(self, manifest: Manifest) -> list[Scan]:
+        """Read every bucket, on all ranks together, and send it from rank 0."""
+        scans = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        for bucket in cut(manifest):
+            data = self._on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
+            for piece in bucket.pieces:
+                spec = manifest.tensors[piece.tensor]
+                nbytes = piece.count * spec.itemsize
+                # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
+                part = (
+                    torch.empty(nbytes, dtype=torch.uint8, device="meta")
+                    if data is None
+                    else data[piece.offset : piece.offset + nbytes]
+                )
+                run = part.view(getattr(torch, spec.dtype))
+                scans[piece.tensor] = scans[piece.tensor] + self._read(piece.tensor, piece.start, run)
+            self._on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
+        self._on_leader(self._finish)
+        return scans if self._ranks is None else self._ranks.total(scans)
+
+    def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+        try:
+            return self._source.read(tensor, start, out)
+        except WeightwireError:
+            raise
+        except Exception as error:
+            raise SourceError(f"tensor number {tensor} could not be read: {error!r}", phase="stage") from error
+
+    def _send(self, bucket: Bucket, data: torch.Tensor | None) -> None:
+        first, *others = self._senders
+        for sender in others:
+            sender.buffer(bucket).copy_(data)  # type: ignore[arg-type]
+            sender.send(bucket)
+        first.send(bucket)
+
+    def _finish(self) -> None:
+        for sender in self._senders:
+            sender.finish()
+        for stage in self._stages:
+            self._wait(stage.done, "every rank to have every bucket")
+            stage.result()
+        self._close_senders()
+
+    def _close_senders(self) -> None:
+        while self._senders:
+            self._senders.pop().close()
+
+    def _seal(self, scans: Sequence[Scan]) -> None:
+        digests = [scan.digest.hex() for scan in scans]
+        self._each("seal", lambda engine: engine.seal(self._id(engine), digests, timeout=self._left()))
+
+    def _commit(self, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
+        # From here on engines may differ, and aborting could not make them alike again.
+        self._committing = True
+
+        def commit(engine: Engine) -> EngineReceipt:
+            return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._left())
+
+        outcomes = self._outcomes("commit", commit)
+        errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
+        if not errors:
+            return outcomes  # type: ignore[return-value]
+        if len(errors) == len(outcomes) == 1:
+            raise next(iter(errors.values()))
+        raise PublishError(
+            f"{len(errors)} of {len(outcomes)} engines did not commit: {'; '.join(map(str, errors.values()))}",
+            phase="commit",
+            next_step="Publish the next version to bring all engines together again.",
+            outcomes=outcomes,
+        ) from next(iter(errors.values()))
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _id(self, engine: Engine) -> str:
+        return self._begun[engine.name].id
+
+    def _left(self) -> float:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineError("the publish ran out of time", next_step="Raise `deadline`, or look at the engine.")
+        return left
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        pause = 0.0001
+        while not ready():
+            for stage in self._stages:
+                if stage.done():
+                    stage.result()
+            if time.monotonic() > self._deadline:
+                slow = ", ".join(engine.name for engine in self._engines)
+                raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.0005)
+
+    def _outcomes(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T | WeightwireError]:
+        def guarded(engine: Engine) -> T | WeightwireError:
+            try:
+                return work(engine)
+            except WeightwireError as error:
+                return error.at(engine=engine.name, phase=phase)
+            except Exception as error:
+                logger.exception("weightwire: %s: %s", engine.name, phase)
+                return EngineError(f"unexpected {error!r}", engine=engine.name, phase=phase)
+
+        jobs = {engine.name: self._pool.submit(guarded, engine) for engine in self._engines}
+        return {name: job.result() for name, job in jobs.items()}
+
+    def _each(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T]:
+        """The same on every engine at once; the first error, once all have answered."""
+        outcomes = self._outcomes(phase, work)
+        for outcome in outcomes.values():
+            if isinstance(outcome, WeightwireError):
+                raise outcome
+        return outcomes  # type: ignore[return-value]
+
+    def _everywhere(self, work: Callable[[], T]) -> T:
+        """Work that every rank does for itself; an error on any is an error on all."""
+        result, error = None, None
+        try:
+            result = work()
+        except WeightwireError as failed:
+            error = failed
+        except Exception as unexpected:
+            error = WeightwireError(f"unexpected {unexpected!r}").with_traceback(unexpected.__traceback__)
+        if self._ranks is not None:
+            self._ranks.agree(error)
+        elif error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def _on_leader(self, work: Callable[[], T]) -> T | None:
+        """Work that only rank 0 does; an error there is an error on all."""
+        return self._everywhere(lambda: work() if self._publisher._leads else None)
+
+    def _from_leader(self, work: Callable[[], T], type: Any) -> T:
+        """Work that only rank 0 does, whose result all ranks get, as JSON."""
+        result = self._on_leader(work)
+        if self._ranks is None:
+            return result  # type: ignore[return-value]
+        data = self._ranks.share(None if result is None else msgspec.json.encode(result))
+        return msgspec.json.decode(data, type=type)  # type: ignore[no-any-return]

@@ -1,0 +1,547 @@
+"""The receiver: one worker's side of an update, as a state machine.
+
+    idle --begin--> staging --seal--> sealed --commit--> idle
+      ^                |                 |        |
+      +----- abort, or the lease ends ---+        +--> poisoned --a complete update--> idle
+
+It knows no engine and no wire. A `Target` lays the update out, holds the staged copy and makes it live; a `fetch`
+function brings buckets from an address. Calls come from one thread, the engine's own, between two model steps; what
+takes long (fetching, verifying, packing, reading back) runs on one thread of the receiver, and `poll` asks after it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+import torch
+
+from weightwire.errors import (
+    BusyError,
+    EngineError,
+    ManifestError,
+    NonFinite,
+    PoisonedError,
+    RoomError,
+    StateError,
+    UpdateNotFound,
+    VerificationError,
+    VersionError,
+    WeightwireError,
+)
+from weightwire.updates.boxes import Box
+from weightwire.updates.buckets import Bucket, cut
+from weightwire.updates.digest import NO_DIGEST, Scan, scan
+from weightwire.updates.manifest import Manifest, decode_manifest
+from weightwire.updates.receipt import Proof
+
+__all__ = ["Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
+
+logger = logging.getLogger("vllm.weightwire.receiver")
+
+
+class Staging(Protocol):
+    """One update's staged copy, made by a `Target`. Live weights change in `commit` and nowhere else."""
+
+    nbytes: int
+    """Bytes of host or device memory the staged copy needs on this rank."""
+
+    @property
+    def takes(self) -> Sequence[Sequence[Box]] | None:
+        """Which parts of each tensor go anywhere on this rank, in manifest order; None when all of each does."""
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        """Take elements `start ..` (row-major) of tensor number `tensor` of the manifest: 1-D, the manifest's dtype.
+        `data` is only lent; it is overwritten after the call."""
+
+    def seal(self) -> None:
+        """Everything has arrived and is what was sent: make ready all that `commit` needs."""
+
+    def commit(self) -> None:
+        """Make it live. Called on the engine's own thread, between two model steps, with generation paused."""
+
+    def proof(self) -> dict[str, Proof]:
+        """After `commit`: each live parameter bound, and how it was shown to be right (`updates.receipt.Proof`).
+        Raises when what is live is not what was staged."""
+
+    def discard(self) -> None:
+        """Let go of the staged memory."""
+
+
+class Target(Protocol):
+    """A worker's model, as the receiver sees it."""
+
+    def prepare(self, manifest: Manifest) -> Staging:
+        """Check names, shapes and dtypes against the model and lay the update out. Must not change the model.
+        Raises `UnknownTensor`, `MissingTensor`, `ShapeMismatch` or `UnsupportedError`."""
+
+    def room(self) -> int:
+        """Bytes that a staged copy may take on this rank now."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrivals:
+    """What a fetch function is given: which update, which buckets, for which rank, and when to give up."""
+
+    update: str
+    rank: int
+    buckets: Sequence[Bucket]
+    lease: float
+    """Seconds of silence after which the sender counts as gone."""
+    cancelled: threading.Event
+
+
+T = TypeVar("T")
+Fetch = Callable[[str, Arrivals], Iterator[tuple[int, torch.Tensor]]]
+
+
+@dataclass(slots=True, kw_only=True)
+class _Update:
+    id: str
+    manifest: Manifest
+    holder: str
+    lease: float
+    expires: float
+    staging: Staging
+    buckets: tuple[Bucket, ...]
+    scans: list[Scan]
+    received: set[int] = field(default_factory=set)
+    jobs: list[Future[None]] = field(default_factory=list)
+    error: WeightwireError | None = None
+    sealed: bool = False
+    transport: str = "http"
+    seconds: dict[str, float] = field(default_factory=dict)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+
+
+class Receiver:
+    """One worker's update state. `clock` is a Unix clock in seconds; `background=False` runs long work inside the
+    call and leaves leases to be noticed by the next call, which is what a model checker wants."""
+
+    def __init__(
+        self,
+        target: Target,
+        fetch: Fetch,
+        *,
+        probe: Callable[[str], str | None] = lambda offer: None,
+        sweep: Callable[[str], None] = lambda update: None,
+        rank: int = 0,
+        clock: Callable[[], float] = time.time,
+        background: bool = True,
+    ) -> None:
+        self._target = target
+        self._fetch = fetch
+        self._probe = probe
+        self._sweep = sweep
+        self._rank = rank
+        self._clock = clock
+        self._background = background
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire") if background else None
+        if self._pool is not None:
+            self._pool.submit(scan, torch.zeros(1))  # compiled before the first update wants it
+        self._lock = threading.RLock()
+        self._closed = False
+        self._update: _Update | None = None
+        self._ended: dict[str, str] = {}
+        self._proofs: tuple[str, Future[dict[str, Proof]]] | None = None
+        self._version: int | None = None
+        self._poisoned: str | None = None
+        self._receipt: dict[str, Any] | None = None
+        self._ops: dict[str, Callable[..., Any]] = {
+            "status": self.status,
+            "begin": self.begin,
+            "stage": self.stage,
+            "put": self.put,
+            "poll": self.poll,
+            "seal": self.seal,
+            "commit": self.commit,
+            "proof": self.proof,
+            "abort": self.abort,
+            "try_offers": self.try_offers,
+            "poison": self.poison,
+            "record": self.record,
+        }
+
+    # -- the calls, in the order of an update ----------------------------------------------------------------------
+
+    def begin(
+        self, id: str, manifest: Manifest | dict[str, Any], holder: str, lease: float
+    ) -> Sequence[Sequence[Box]] | None:
+        """Take the engine for one update, for `lease` seconds from the trainer's last sign of life. Gives what this
+        rank takes of each tensor (`Staging.takes`): what no rank takes must not be sent."""
+        with self._lock:
+            self._expire()
+            manifest = manifest if isinstance(manifest, Manifest) else decode_manifest(manifest)
+            if self._closed:
+                raise StateError("the engine was closed", next_step="Connect to it again.")
+            if (held := self._update) is not None:
+                raise BusyError(
+                    f"held by {held.holder}, which is sending version {held.manifest.version},"
+                    f" until {_utc(held.expires)}",
+                    next_step="Wait for it to finish or for its lease to end, then publish again.",
+                    details={"holder": held.holder, "until": held.expires},
+                )
+            # Poisoned, this rank may hold the version that another failed to take; it may be sent again.
+            oldest = self._version if self._poisoned else None if self._version is None else self._version + 1
+            if oldest is not None and manifest.version < oldest:
+                raise VersionError(
+                    f"version {manifest.version} is not newer than {self._version}, which is being served",
+                    next_step=f"Publish version {oldest} or higher.",
+                )
+            if self._poisoned and manifest.partial:
+                raise PoisonedError(
+                    f"poisoned ({self._poisoned}), and a partial update cannot heal it",
+                    next_step="Publish a complete update.",
+                )
+            started = time.perf_counter()
+            staging = self._target.prepare(manifest)
+            room = self._target.room()
+            if staging.nbytes > room:
+                staging.discard()
+                raise RoomError(
+                    f"the staged copy needs {staging.nbytes} bytes on rank {self._rank}, {room} may be used",
+                    next_step="Free memory on the engine's machine, or raise WEIGHTWIRE_STAGING_LIMIT if it is set.",
+                )
+            self._update = _Update(
+                id=id,
+                manifest=manifest,
+                holder=holder,
+                lease=lease,
+                expires=self._clock() + lease,
+                staging=staging,
+                buckets=cut(manifest),
+                scans=[Scan(NO_DIGEST, 0)] * len(manifest.tensors),
+                seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
+            )
+            if self._background:
+                threading.Thread(target=self._watch, args=(self._update,), name="weightwire-lease", daemon=True).start()
+            return staging.takes
+
+    def stage(self, id: str, address: str) -> None:
+        """Start to fetch every bucket from `address`."""
+        with self._lock:
+            update = self._staging(id)
+            update.transport = address.partition(":")[0]
+            self._start(update, "stage", lambda: self._fetch_all(update, address))
+
+    def put(self, id: str, index: int, body: bytes) -> None:
+        """Take one bucket's bytes. Sent again, the same bucket is taken once."""
+        with self._lock:
+            update = self._staging(id)
+            if not 0 <= index < len(update.buckets):
+                raise UpdateNotFound(f"bucket {index} of an update that has {len(update.buckets)}")
+            if len(body) != (expected := update.buckets[index].nbytes):
+                raise VerificationError(f"bucket {index} has {len(body)} bytes, {expected} were announced")
+            data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            self._start(update, "stage", lambda: self._take(update, index, data))
+
+    def poll(self, id: str, hold: float = 0.0) -> dict[str, Any]:
+        """How far the long work of this update is; raises what ended it. No sign of life: it does not renew, but the
+        lease lasts for another `hold` seconds at least."""
+        with self._lock:
+            update = self._held(id)
+            update.expires = max(update.expires, self._clock() + hold)
+            if update.error is not None:
+                raise update.error
+            return {
+                "busy": any(not job.done() for job in update.jobs),
+                "received": len(update.received),
+                "buckets": len(update.buckets),
+                "state": self.state,
+            }
+
+    def seal(self, id: str, digests: Sequence[str]) -> None:
+        """Compare what arrived with what was sent, one digest a tensor in manifest order, and make ready to commit."""
+        with self._lock:
+            update = self._staging(id)
+            specs = update.manifest.tensors
+            if len(digests) != len(specs):
+                raise ManifestError(f"{len(digests)} digests for {len(specs)} tensors")
+            missing = len(update.buckets) - len(update.received)
+            if missing or any(not job.done() for job in update.jobs):
+                raise StateError(
+                    f"{missing} of {len(update.buckets)} buckets have not arrived",
+                    next_step="Stage every bucket before sealing.",
+                )
+            wrong = [
+                spec.name
+                for spec, found, sent in zip(specs, update.scans, digests, strict=True)
+                if found.digest.hex() != sent
+            ]
+            if wrong:
+                raise VerificationError(
+                    f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {self._rank}:"
+                    f" {_some(wrong)}",
+                    next_step="Nothing was changed. Publish again; if it repeats, try another transport.",
+                )
+            if update.manifest.finite:
+                bad = [
+                    f"{spec.name} ({s.nonfinite} of {spec.numel})"
+                    for spec, s in zip(specs, update.scans, strict=True)
+                    if s.nonfinite
+                ]
+                if bad:
+                    raise NonFinite(
+                        f"NaN or Inf in {_some(bad)}",
+                        next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+                    )
+            self._start(update, "seal", lambda: self._make_ready(update))
+
+    def commit(self, id: str) -> dict[str, Any]:
+        """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank."""
+        with self._lock:
+            update = self._held(id)
+            if not update.sealed:
+                raise StateError("this update is not sealed", next_step="Seal it first.")
+            if self._poisoned and update.manifest.partial:
+                raise PoisonedError(
+                    f"poisoned since this partial update was begun ({self._poisoned}), and it cannot heal that",
+                    next_step="Publish a complete update.",
+                )
+            update.cancelled.set()  # the lease no longer counts
+            started = time.perf_counter()
+            try:
+                update.staging.commit()
+            except BaseException as error:
+                self.poison(f"commit of version {update.manifest.version} failed: {error!r}")
+                self._end(update, "its commit failed")
+                raise PoisonedError(
+                    f"the commit failed on rank {self._rank}: {error!r}",
+                    next_step="The engine refuses to generate. Publish a complete update to heal it.",
+                ) from error
+            self._version = update.manifest.version
+            self._poisoned = None
+            self._update = None
+            self._remember(id, "it was committed")
+            self._proofs = (id, self._submit(lambda: self._prove(update)))
+            return {
+                "version": update.manifest.version,
+                "kind": update.manifest.kind,
+                "transport": update.transport,
+                "tensors": len(update.manifest.tensors),
+                "nbytes": update.manifest.nbytes,
+                "seconds": {**update.seconds, "commit": time.perf_counter() - started},
+                "digests": {
+                    spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.scans, strict=True)
+                },
+            }
+
+    def proof(self, id: str) -> dict[str, Proof] | None:
+        """How each live parameter was proven, or None while that is still being found out."""
+        if self._proofs is None or self._proofs[0] != id:
+            raise UpdateNotFound(f"update {id} is not the last one committed")
+        job = self._proofs[1]
+        return job.result() if job.done() else None
+
+    def abort(self, id: str, reason: str = "it was aborted") -> None:
+        """Forget an update; aborting one that is no more is no error."""
+        with self._lock:
+            if self._update is not None and self._update.id == id:
+                self._end(self._update, reason)
+
+    def poison(self, reason: str) -> None:
+        """Refuse to generate until a complete update has been committed."""
+        with self._lock:
+            self._poisoned = self._poisoned or reason
+            logger.error("weightwire: poisoned: %s", reason)
+
+    def record(self, receipt: dict[str, Any]) -> None:
+        """Keep the last receipt, for `status`."""
+        self._receipt = receipt
+
+    def try_offers(self, offers: Sequence[str]) -> dict[str, str | None]:
+        """For each transport offered, None if this rank can use it, else why not."""
+        return {offer: self._probe(offer) for offer in offers}
+
+    def status(self) -> dict[str, Any]:
+        with self._lock:
+            self._expire()
+            update = self._update
+            return {
+                "version": self._version,
+                "state": self.state,
+                "poisoned": self._poisoned,
+                "update": update
+                and {
+                    "id": update.id,
+                    "version": update.manifest.version,
+                    "holder": update.holder,
+                    "until": update.expires,
+                    "received": len(update.received),
+                    "buckets": len(update.buckets),
+                },
+                "receipt": self._receipt,
+            }
+
+    @property
+    def state(self) -> str:
+        if self._update is not None:
+            return "sealed" if self._update.sealed else "staging"
+        return "poisoned" if self._poisoned else "idle"
+
+    def handle(self, op: str, arguments: bytes, body: bytes | None = None) -> bytes:
+        """A call from `encode_call`, answered for `decode_reply`. Nothing it is given makes it raise."""
+        try:
+            call = self._ops.get(op)
+            if call is None:
+                raise StateError(f"unknown operation {op!r}", next_step="Install the same weightwire on both sides.")
+            values = msgspec.msgpack.decode(arguments, type=dict[str, Any])
+            reply = {"ok": call(**values) if body is None else call(**values, body=body)}
+        except WeightwireError as error:
+            reply = {"error": error.to_wire()}
+        except Exception as error:
+            logger.exception("weightwire: %s failed", op)
+            reply = {"error": EngineError(f"{op} failed on rank {self._rank}: {error!r}").to_wire()}
+        return msgspec.msgpack.encode(reply)
+
+    def close(self) -> None:
+        """Abort what is held and end the thread."""
+        with self._lock:
+            if self._update is not None:
+                self._end(self._update, "the engine was closed")
+            self._closed = True
+        if self._pool is not None:
+            # What waits there sees that its update is over, and lets go of its memory.
+            self._pool.shutdown(wait=True)
+
+    # -- what runs on the receiver's own thread --------------------------------------------------------------------
+
+    def _fetch_all(self, update: _Update, address: str) -> None:
+        arrivals = Arrivals(
+            update=update.id,
+            rank=self._rank,
+            buckets=update.buckets,
+            lease=update.lease,
+            cancelled=update.cancelled,
+        )
+        for index, data in self._fetch(address, arrivals):
+            self._take(update, index, data)
+
+    def _take(self, update: _Update, index: int, data: torch.Tensor) -> None:
+        if index in update.received:
+            return
+        for piece in update.buckets[index].pieces:
+            spec = update.manifest.tensors[piece.tensor]
+            run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(getattr(torch, spec.dtype))
+            update.scans[piece.tensor] = update.scans[piece.tensor] + scan(run, piece.start)
+            update.staging.write(piece.tensor, piece.start, run)
+        with self._lock:
+            update.received.add(index)
+            update.expires = self._clock() + update.lease
+
+    def _make_ready(self, update: _Update) -> None:
+        update.staging.seal()
+        with self._lock:
+            update.sealed = True
+
+    def _prove(self, update: _Update) -> dict[str, Proof]:
+        try:
+            return update.staging.proof()
+        except WeightwireError as error:
+            self.poison(str(error))
+            raise
+        except Exception as error:
+            self.poison(f"version {update.manifest.version} could not be verified after its commit: {error!r}")
+            raise
+        finally:
+            update.staging.discard()
+
+    def _start(self, update: _Update, phase: str, work: Callable[[], None]) -> None:
+        update.expires = self._clock() + update.lease
+
+        def run() -> None:
+            if update.cancelled.is_set() or update.error is not None:
+                return
+            started = time.perf_counter()
+            try:
+                work()
+                update.seconds[phase] += time.perf_counter() - started
+            except WeightwireError as error:
+                update.error = error
+            except MemoryError:
+                update.error = RoomError("the engine ran out of memory while staging")
+            except Exception as error:
+                logger.exception("weightwire: update %s", update.id)
+                update.error = EngineError(f"rank {self._rank} failed while staging: {error!r}")
+
+        update.jobs = [job for job in update.jobs if not job.done()]
+        update.jobs.append(self._submit(run))
+
+    def _submit(self, work: Callable[[], T]) -> Future[T]:
+        if self._pool is not None:
+            return self._pool.submit(work)
+        done: Future[T] = Future()
+        try:
+            done.set_result(work())
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    # -- leases ----------------------------------------------------------------------------------------------------
+
+    def _watch(self, update: _Update) -> None:
+        while not update.cancelled.wait(max(update.expires - self._clock(), 0.01)):
+            with self._lock:
+                self._expire()
+
+    def _expire(self) -> None:
+        update = self._update
+        if update is not None and not update.cancelled.is_set() and self._clock() >= update.expires:
+            self._end(update, f"its lease ended: nothing was heard of {update.holder} for {update.lease:g} s")
+
+    def _held(self, id: str) -> _Update:
+        self._expire()
+        if self._update is None or self._update.id != id:
+            raise UpdateNotFound(
+                f"no update {id}: {self._ended.get(id, 'it was never begun here')}", next_step="Begin a new update."
+            )
+        return self._update
+
+    def _staging(self, id: str) -> _Update:
+        update = self._held(id)
+        if update.error is not None:
+            raise update.error
+        if update.sealed:
+            raise StateError("this update is sealed", next_step="Commit or abort it.")
+        return update
+
+    def _end(self, update: _Update, reason: str) -> None:
+        update.cancelled.set()
+        self._update = None
+        self._remember(update.id, reason)
+        # Behind whatever the thread is doing, so that memory is not taken from under it.
+        self._submit(update.staging.discard)
+        self._submit(lambda: self._sweep(update.id))
+
+    def _remember(self, id: str, reason: str) -> None:
+        self._ended[id] = reason
+        while len(self._ended) > 64:
+            del self._ended[next(iter(self._ended))]
+
+
+def encode_call(**arguments: Any) -> bytes:
+    """Arguments of one receiver call as msgpack."""
+    return msgspec.msgpack.encode(arguments)
+
+
+def decode_reply(reply: bytes) -> Any:
+    """What the receiver's call returned, or the error it raised, raised again."""
+    answer: Mapping[str, Any] = msgspec.msgpack.decode(reply)
+    if "error" in answer:
+        raise WeightwireError.from_wire(answer["error"])
+    return answer["ok"]
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
+
+
+def _utc(moment: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(moment))

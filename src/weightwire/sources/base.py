@@ -1,0 +1,103 @@
+"""The source port: where weights come from on the trainer's side.
+
+A source can be read again and again. It is asked for runs of elements rather than for whole tensors, so that no rank
+needs more memory than the bucket being filled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from weightwire.updates.digest import Scan, scan
+from weightwire.updates.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from weightwire.sources.ranks import Ranks
+
+__all__ = ["LocalSource", "Source", "spec_of", "without_aliases"]
+
+
+class Source(Protocol):
+    """Weights on the trainer's side."""
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Further names of tensors that are listed once (tied weights)."""
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The trainer's ranks that must read together; None when each process has everything."""
+
+    def metadata(self) -> Sequence[TensorSpec]:
+        """Every tensor's name, dtype and full shape, without moving data."""
+
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+        """Fill `out` (1-D, of the tensor's dtype, on the CPU) with elements `start .. start + len(out)`, row-major, of
+        tensor number `tensor`. With `ranks`, all of them call this together and rank 0's `out` is filled.
+
+        Returns the scan of the elements that this rank itself holds; over all ranks they add up to the whole run.
+        """
+
+    def release(self) -> None:
+        """Let go of the tensors that `metadata` looked up, so that a trainer may free or move them."""
+
+
+class LocalSource:
+    """Base of sources whose tensors are whole and in this process; `tensors` is looked up anew at each read."""
+
+    ranks: Ranks | None = None
+    aliases: Mapping[str, str] = {}
+
+    def named(self) -> Mapping[str, torch.Tensor]:
+        """The tensors, each under one name."""
+        raise NotImplementedError
+
+    def metadata(self) -> Sequence[TensorSpec]:
+        named = self.named()
+        self._tensors = list(named.values())
+        return [spec_of(name, tensor) for name, tensor in named.items()]
+
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+        source = self._tensors[tensor].detach()
+        if not source.is_contiguous():
+            source = source.contiguous()
+        run = source.reshape(-1)[start : start + out.numel()]
+        out.copy_(run)
+        # Of the weights themselves where the CPU can reach them, so that the copy into the bucket is covered too.
+        return scan(run if run.device.type == "cpu" else out, start)
+
+    def release(self) -> None:
+        self._tensors = []
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    """A tensor's entry in a manifest.
+
+    >>> spec_of("w", torch.zeros(2, 3, dtype=torch.bfloat16))
+    TensorSpec(name='w', dtype='bfloat16', shape=(2, 3))
+    """
+    return TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+
+
+def without_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors with one name each, and the further names of those that share memory and geometry.
+
+    >>> w = torch.zeros(2)
+    >>> tensors, aliases = without_aliases({"embed": w, "head": w})
+    >>> list(tensors), aliases
+    (['embed'], {'head': 'embed'})
+    """
+    seen: dict[tuple[object, ...], str] = {}
+    unique: dict[str, torch.Tensor] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride())
+        if tensor.numel() and tensor.device.type != "meta" and place in seen:
+            aliases[name] = seen[place]
+        else:
+            seen[place] = name
+            unique[name] = tensor
+    return unique, aliases

@@ -1,0 +1,156 @@
+"""The trainer's ranks acting as one: the little that they must tell each other, and nobody waiting in vain.
+
+Everything travels as numbers and bytes (torch's `*_object` collectives would pickle), in a gloo group of our own, so
+that the trainer's groups stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from weightwire.errors import SourceError, WeightwireError
+from weightwire.updates.digest import Digest, Scan
+
+__all__ = ["Ranks"]
+
+_MASK = (1 << 64) - 1
+
+
+class Ranks:
+    """All ranks of the default process group. Every method but `close`, `send` and `receive` is collective.
+
+    A rank that died, or that did not come within `timeout` seconds, is a `SourceError` on the others. The group is then
+    closed, so that whoever still waits for this rank hears of it at once, and every further call says why.
+
+    >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    >>> ranks = Ranks.over_default_group(timeout=10.0)
+    >>> ranks.share(b"from rank 0"), ranks.total([Scan(Digest(1, 2), 3)])
+    (b'from rank 0', [Scan(digest=Digest(low=1, high=2), nonfinite=3)])
+    >>> ranks.close()
+    >>> dist.destroy_process_group()
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group: dist.ProcessGroup | None = group
+        self._closed = "it was closed"
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    @classmethod
+    def over_default_group(cls, timeout: float) -> Ranks:
+        """Collective. `timeout` is for each later wait too, in seconds; `SourceError` where there are no ranks."""
+        if not dist.is_available() or not dist.is_initialized():
+            raise SourceError(
+                "torch.distributed is not initialised", next_step="Call torch.distributed.init_process_group first."
+            )
+        if not dist.is_gloo_available():
+            raise SourceError("this build of torch has no gloo, over which the ranks talk")
+        try:
+            return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+        except Exception as error:
+            raise SourceError(
+                f"waited in vain for all {dist.get_world_size()} ranks to form a group: {_reason(error)}",
+                next_step="Make the source on every rank.",
+            ) from error
+
+    def agree(self, error: WeightwireError | None) -> None:
+        """Raise on all ranks the error of the lowest rank that has one; `details["rank"]` says which. Else nothing."""
+        failed = torch.tensor(self.size if error is None else self.rank)
+        with self._waiting("the other ranks to say how they fare") as group:
+            dist.all_reduce(failed, dist.ReduceOp.MIN, group=group)
+        culprit = int(failed)
+        if culprit == self.size:
+            return
+        if error is None or culprit != self.rank:
+            data = self._broadcast(b"", culprit, f"the error of rank {culprit}")
+            raise WeightwireError.from_wire(msgspec.json.decode(data))
+        # An error that comes by here a second time, from further in, has its rank already.
+        if "rank" not in error.details:
+            error.details["rank"] = self.rank
+            error.message = f"rank {self.rank}: {error.message}"
+            error.args = (error.message,)
+        self._broadcast(msgspec.json.encode(error.to_wire(), enc_hook=str), culprit, "the error of this rank")
+        raise error
+
+    def total(self, scans: Sequence[Scan]) -> list[Scan]:
+        """Element-wise sums over the ranks; every rank passes as many."""
+        rows = [(_signed(s.digest.low), _signed(s.digest.high), s.nonfinite) for s in scans]
+        table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 3)
+        with self._waiting("the digests of all ranks") as group:
+            dist.all_reduce(table, dist.ReduceOp.SUM, group=group)
+        return [Scan(Digest(low & _MASK, high & _MASK), nonfinite) for low, high, nonfinite in table.tolist()]
+
+    def share(self, data: bytes | None) -> bytes:
+        """What rank 0 passed. The other ranks' `data` is not looked at."""
+        return self._broadcast(data or b"", 0, "rank 0 to share its data")
+
+    def gather(self, table: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's `table` (on the CPU, the same shape and dtype everywhere), in the order of ranks."""
+        tables = [torch.empty_like(table) for _ in range(self.size)]
+        with self._waiting("the tables of all ranks") as group:
+            dist.all_gather(tables, table, group=group)
+        return tables
+
+    def send(self, data: torch.Tensor, to: int) -> None:
+        """Send `data` (1-D uint8, contiguous, on the CPU) to a rank that receives as many bytes."""
+        with self._waiting(f"rank {to} to take {data.numel()} bytes") as group:
+            dist.send(data, to, group=group)
+
+    def receive(self, out: torch.Tensor, source: int) -> None:
+        """Fill `out` (1-D uint8, contiguous, on the CPU) with what rank `source` sends."""
+        with self._waiting(f"{out.numel()} bytes from rank {source}") as group:
+            dist.recv(out, source, group=group)
+
+    def close(self) -> None:
+        """Leave the group. The default group and all others stay."""
+        group, self._group = self._group, None
+        # The trainer may have taken everything down before us.
+        if group is not None and dist.is_initialized():
+            with contextlib.suppress(ValueError):
+                dist.destroy_process_group(group)
+
+    def _broadcast(self, data: bytes, source: int, what: str) -> bytes:
+        with self._waiting(what) as group:
+            length = torch.tensor(len(data))
+            dist.broadcast(length, source, group=group)
+            if not int(length):
+                return b""
+            body = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == source else None
+            if body is None:
+                body = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(body, source, group=group)
+            return body.numpy().tobytes()
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[dist.ProcessGroup]:
+        if self._group is None:
+            raise SourceError(
+                f"rank {self.rank} has left the ranks' group: {self._closed}",
+                next_step="Make a new source or publisher, on every rank.",
+            )
+        try:
+            yield self._group
+        except Exception as error:
+            self._closed = f"it waited in vain for {what}: {_reason(error)}"
+            self.close()
+            raise SourceError(
+                f"rank {self.rank} of {self.size} waited in vain for {what}: {_reason(error)}",
+                next_step="Look at what the other ranks say; one of them has died or hangs.",
+            ) from error
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _reason(error: BaseException) -> str:
+    # Gloo begins with a place in its source and ends with advice.
+    line = (str(error).strip() or repr(error)).splitlines()[0]
+    return re.sub(r"^\[\S+:\d+\] ", "", line).partition(". ")[0]

@@ -1,0 +1,64 @@
+"""Weights as a plain mapping of names to tensors, or as a module's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from weightwire.errors import SourceError
+from weightwire.sources.base import LocalSource, without_aliases
+
+__all__ = ["ModuleSource", "TensorSource", "state_of"]
+
+
+class TensorSource(LocalSource):
+    """A mapping of names to tensors, whole and in this process.
+
+    >>> TensorSource({"w": torch.zeros(2, 2)}).metadata()
+    [TensorSpec(name='w', dtype='float32', shape=(2, 2))]
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self._unique, self.aliases = _checked(tensors)
+
+    def named(self) -> Mapping[str, torch.Tensor]:
+        return self._unique
+
+
+class ModuleSource(LocalSource):
+    """A module's parameters and persistent buffers under the names of its `state_dict()`, read anew at each publish."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+        self.named()
+
+    def named(self) -> Mapping[str, torch.Tensor]:
+        unique, self.aliases = _checked(state_of(self._module))
+        return unique
+
+
+def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            raise SourceError(
+                f"expected names and tensors, got {name!r}: {type(tensor).__name__}",
+                next_step="Pass a mapping of str to torch.Tensor, such as module.state_dict().",
+            )
+        if tensor.device.type == "meta":
+            raise SourceError(f"{name!r} is on the meta device and has no data", next_step="Load the model first.")
+    return without_aliases(tensors)
+
+
+def _wrapped(module: torch.nn.Module) -> torch.nn.Module | None:
+    inner = module.module if isinstance(module, DistributedDataParallel) else module._modules.get("_orig_mod")
+    return inner if isinstance(inner, torch.nn.Module) else None
+
+
+def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A module's state by checkpoint name: what `torch.compile` and DistributedDataParallel put around it is gone."""
+    while (inner := _wrapped(module)) is not None:
+        module = inner
+    state = module.state_dict(keep_vars=True)
+    return {n.replace("_orig_mod.", ""): t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)}

@@ -1,0 +1,69 @@
+"""The transport port: how buckets get from a trainer to the ranks of its engines.
+
+The trainer's half is a `Transport`, which makes one `Sender` for a publish; the workers' half is two plain functions
+in the same file, `fetch` and `probe`, found by the scheme of an address. A sender owns at most two buckets of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from weightwire.updates.buckets import Bucket
+
+__all__ = ["Link", "Sender", "Transport", "Wait"]
+
+Wait = Callable[[Callable[[], bool], str], None]
+"""`wait(ready, what)` returns once `ready()` is true, and raises when an engine has failed or the deadline is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """One engine's end: the id it gave the update, its number of ranks, and a way to hand it bytes."""
+
+    update: str
+    ranks: int
+    put: Callable[[int, memoryview], None]
+
+
+class Sender(Protocol):
+    """Takes every bucket of one publish to several engines, in order."""
+
+    @property
+    def addresses(self) -> Sequence[str | None]:
+        """One a link: where that engine's ranks shall fetch from; None where the bytes are handed over instead."""
+
+    def buffer(self, bucket: Bucket) -> torch.Tensor:
+        """Memory to fill with this bucket, uint8, `bucket.nbytes` long; waits until one is free."""
+
+    def send(self, bucket: Bucket) -> None:
+        """Send the buffer last handed out."""
+
+    def finish(self) -> None:
+        """Wait until the last bucket has been taken over by every reader, as far as this side can see."""
+
+    def close(self) -> None:
+        """Leave nothing behind: no memory, no segment, no connection. Also after a failure, at any point."""
+
+
+class Transport(Protocol):
+    """One way for buckets to travel, on the trainer's side."""
+
+    name: str
+
+    def offer(self, host: str) -> AbstractContextManager[str]:
+        """An address for an engine on `host` to try, while the context lasts. Entering it raises `TransportError`
+        saying why this transport cannot be used here."""
+
+    def bucket_limit(self) -> int | None:
+        """Bytes a bucket may have here at most, if that is limited."""
+
+    def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
+        """Begin to send. `lease` is how many seconds a silent peer is waited for."""
+
+    def close(self) -> None:
+        """Withdraw what `offer` put up."""

@@ -1,0 +1,197 @@
+"""Buckets through shared memory, for a trainer and an engine on one host.
+
+A sender owns two segments in /dev/shm. To send a bucket it hard-links the segment once for each reader, under a name
+made of the update's id, which the engine chose; a reader maps it, uses it, and removes its name. A segment whose link
+count is back to one has been read by all and is filled again. So the file system does the flow control: no counters
+in shared memory, and whoever dies, the names left are few, known, and swept by the other side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from weightwire.errors import TransportError, UsageError
+from weightwire.receiver import Arrivals
+from weightwire.transports.base import Link, Sender, Wait
+from weightwire.updates.buckets import Bucket
+
+__all__ = ["Shm", "fetch", "probe"]
+
+ROOT = Path("/dev/shm")
+_PREFIX = "weightwire"
+_LEAST_BUCKET = 256 << 10
+
+
+class Shm:
+    """The trainer's half."""
+
+    name = "shm"
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root = root
+
+    @contextlib.contextmanager
+    def offer(self, host: str) -> Iterator[str]:
+        """`shm:NAME-SECRET`: a segment that only an engine with the same /dev/shm can find, and what it must hold."""
+        if not self._root.is_dir() or not os.access(self._root, os.W_OK):
+            raise TransportError(f"{self._root} is not a folder this process can write to")
+        if (limit := self.bucket_limit()) < _LEAST_BUCKET:
+            raise TransportError(f"{self._root} has room for two buckets of {limit} bytes, fewer than {_LEAST_BUCKET}")
+        name, secret = secrets.token_hex(16), secrets.token_hex(16)
+        segment = self._root / f"{_PREFIX}-probe-{name}"
+        try:
+            segment.touch(mode=0o600, exist_ok=False)
+            segment.write_text(secret)
+            yield f"shm:{name}-{secret}"
+        finally:
+            segment.unlink(missing_ok=True)
+
+    def bucket_limit(self) -> int:
+        """A third of what is free, so that two buckets fit and a neighbour still has room."""
+        stat = os.statvfs(self._root)
+        return stat.f_bavail * stat.f_frsize // 3 // mmap.PAGESIZE * mmap.PAGESIZE
+
+    def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
+        return _Sender(self._root, links, max((b.nbytes for b in buckets), default=0), wait)
+
+    def close(self) -> None:
+        pass
+
+
+class _Segment:
+    """One segment, under its own name for as long as the sender lives."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.path = path
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+        try:
+            # Reserved now: a full /dev/shm must be an error here, not a SIGBUS at the first touch.
+            os.posix_fallocate(self._fd, 0, max(nbytes, 1))
+            self._map = mmap.mmap(self._fd, max(nbytes, 1))
+        except BaseException as error:
+            self._remove()
+            if isinstance(error, OSError):
+                raise TransportError(f"no room for {nbytes} bytes in {path.parent}: {error}") from error
+            raise
+        self.data = torch.frombuffer(self._map, dtype=torch.uint8)
+
+    def unread(self) -> bool:
+        return os.fstat(self._fd).st_nlink > 1
+
+    def close(self) -> None:
+        del self.data
+        # The mapping goes with its last view; a caller may still hold one.
+        with contextlib.suppress(BufferError):
+            self._map.close()
+        self._remove()
+
+    def _remove(self) -> None:
+        os.close(self._fd)
+        self.path.unlink(missing_ok=True)
+
+
+class _Sender:
+    def __init__(self, root: Path, links: Sequence[Link], nbytes: int, wait: Wait) -> None:
+        self.addresses: list[str | None] = ["shm:"] * len(links)
+        self._root = root
+        self._links = links
+        self._nbytes = nbytes
+        self._wait = wait
+        self._segments: list[_Segment] = []
+
+    def buffer(self, bucket: Bucket) -> torch.Tensor:
+        slot = bucket.index % 2
+        if slot == len(self._segments):
+            path = self._root / f"{_PREFIX}-{self._links[0].update}-segment{slot}"
+            self._segments.append(_Segment(path, self._nbytes))
+        segment = self._segments[slot]
+        self._wait(lambda: not segment.unread(), f"bucket {bucket.index - 2} to be read")
+        return segment.data[: bucket.nbytes]
+
+    def send(self, bucket: Bucket) -> None:
+        path = self._segments[bucket.index % 2].path
+        for link in self._links:
+            for rank in range(link.ranks):
+                os.link(path, _name(self._root, link.update, bucket.index, rank))
+
+    def finish(self) -> None:
+        for segment in self._segments:
+            self._wait(lambda segment=segment: not segment.unread(), "the last buckets to be read")  # type: ignore[misc]
+
+    def close(self) -> None:
+        for segment in self._segments:
+            segment.close()
+        self._segments.clear()
+        for link in self._links:
+            sweep(link.update, self._root)
+
+
+def probe(offer: str, root: Path = ROOT) -> str | None:
+    """None when this process sees the trainer's shared memory, else why not."""
+    name, _, secret = offer.partition(":")[2].partition("-")
+    if not (_is_token(name) and _is_token(secret)):
+        return f"not an offer of shared memory: {offer[:80]!r}"
+    try:
+        found = (root / f"{_PREFIX}-probe-{name}").read_text()
+    except OSError:
+        return "the trainer's shared memory is not visible here (another host or container)"
+    return None if found == secret else "a segment of that name holds something else"
+
+
+def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple[int, torch.Tensor]]:
+    """Map each bucket in turn as its name appears. The names follow from the update's id, never from `address`."""
+    if address != "shm:":
+        raise UsageError(f"not an address of shared memory: {address[:80]!r}", next_step="It is `shm:` and no more.")
+    try:
+        for bucket in arrivals.buckets:
+            path = _name(root, arrivals.update, bucket.index, arrivals.rank)
+            yield bucket.index, _map(path, bucket.nbytes, arrivals)
+            path.unlink(missing_ok=True)
+    finally:
+        if arrivals.cancelled.is_set():
+            sweep(arrivals.update, root)
+
+
+def sweep(update: str, root: Path = ROOT) -> None:
+    """Remove every name that belongs to an update."""
+    if _is_token(update):
+        for path in root.glob(f"{_PREFIX}-{update}-*"):
+            path.unlink(missing_ok=True)
+
+
+def _map(path: Path, nbytes: int, arrivals: Arrivals) -> torch.Tensor:
+    silent_since = time.monotonic()
+    pause = 0.0001
+    while True:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            break
+        except FileNotFoundError:
+            if arrivals.cancelled.wait(pause):
+                raise TransportError("the update was aborted while its buckets were being fetched") from None
+            if time.monotonic() - silent_since > arrivals.lease:
+                raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s") from None
+            pause = min(pause * 1.5, 0.0005)
+    try:
+        if os.fstat(fd).st_size < nbytes:
+            raise TransportError(f"a segment holds {os.fstat(fd).st_size} bytes, {nbytes} were announced")
+        # Private and writable, because torch warns of read-only memory; nothing ever writes to it.
+        return torch.frombuffer(mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
+    finally:
+        os.close(fd)
+
+
+def _name(root: Path, update: str, bucket: int, rank: int) -> Path:
+    return root / f"{_PREFIX}-{update}-{bucket}-{rank}"
+
+
+def _is_token(text: str) -> bool:
+    return len(text) == 32 and all(c in "0123456789abcdef" for c in text)

@@ -1,0 +1,248 @@
+"""The digest: a number over a tensor's elements and their places.
+
+    digest = sum over k of w(k) * h(k)   mod 2^64, for two functions h, so 128 bits
+
+`w(k)` is word `k` of the full checkpoint tensor: its row-major, little-endian bytes read as unsigned 32-bit words, the
+last one padded with zeros. `h` is a 32-bit integer mix made odd; everything wraps at 32 bits but the sum:
+
+    mix(x):   x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
+    m(k)    = mix(k mod 2^32 ^ mix(k div 2^32 ^ 0x9E3779B9))
+    low:  h = m(k) | 1
+    high: h = (a ^ a >> 14) | 1   with a = m(k) * 0x31848BAB
+
+So element `j` of `s` bytes adds `bits(e) * 2^(8 * (b mod 4)) * h(b div 4)` where `b = j * s`, or two words if `s` is 8.
+A sum does not care in which order, on which rank or in which layout the elements were added: shards add up to the
+whole. A word times a factor stays below 2^64, so no change inside a word goes unnoticed. Words and not elements: times
+2^63 all odd factors are equal, so the signs of two float64 could be flipped unseen, and narrow elements would each pay
+for a factor of their own. It guards against faults, not attackers.
+
+The mix is the 32-bit finaliser `lowbias32`, and with its further round `triple32`, both found by C. Wellons,
+"Prospecting for Hash Functions" (2018).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numba
+import numpy as np
+import torch
+
+from weightwire.updates.boxes import Box, strides_of
+
+__all__ = ["NO_DIGEST", "Digest", "Scan", "scan", "scan_box"]
+
+_MASK = (1 << 64) - 1
+_BLOCK = 1024  # words at a time: their factors stay in the first-level cache
+# Exponent masks: an element is NaN or infinite when all its exponent bits are set. float8_e4m3fn has no infinity
+# and a single NaN pattern, so its mask covers the whole magnitude.
+_EXPONENT = {
+    torch.float16: 0x7C00,
+    torch.bfloat16: 0x7F80,
+    torch.float32: 0x7F800000,
+    torch.float64: 0x7FF0000000000000,
+    torch.float8_e5m2: 0x7C,
+    torch.float8_e4m3fn: 0x7F,
+}
+
+
+class Digest(NamedTuple):
+    """Two 64-bit sums. Add the digests of disjoint parts to get the digest of the whole."""
+
+    low: int
+    high: int
+
+    def __add__(self, other: object) -> Digest:
+        if not isinstance(other, Digest):
+            return NotImplemented
+        return Digest((self.low + other.low) & _MASK, (self.high + other.high) & _MASK)
+
+    def hex(self) -> str:
+        return f"{self.low:016x}{self.high:016x}"
+
+    @classmethod
+    def parse(cls, text: str) -> Digest:
+        if len(text) != 32:
+            raise ValueError(f"a digest is 32 hexadecimal digits, got {len(text)} characters")
+        return cls(int(text[:16], 16), int(text[16:], 16))
+
+
+NO_DIGEST = Digest(0, 0)
+
+
+class Scan(NamedTuple):
+    """One pass over elements: their digest, and how many of them are NaN or infinite."""
+
+    digest: Digest
+    nonfinite: int
+
+    def __add__(self, other: object) -> Scan:
+        if not isinstance(other, Scan):
+            return NotImplemented
+        return Scan(self.digest + other.digest, self.nonfinite + other.nonfinite)
+
+
+def scan(elements: torch.Tensor, start: int = 0) -> Scan:
+    """Scan a contiguous run of a tensor's elements on the CPU, the first of which has row-major index `start`.
+
+    >>> whole = torch.arange(6.0)
+    >>> scan(whole[:2]) + scan(whole[2:], start=2) == scan(whole)
+    True
+    >>> scan(torch.tensor([float("nan"), 1.0])).nonfinite
+    1
+    """
+    flat = elements.detach().reshape(1, -1)
+    return _scan_rows(flat, start, 0)
+
+
+def scan_box(elements: torch.Tensor, box: Box, shape: Sequence[int]) -> Scan:
+    """Scan the part `box` of a tensor of the full `shape`; `elements` has the box's shape, any strides.
+
+    >>> full = torch.arange(12.0).reshape(3, 4)
+    >>> parts = [(Box((0, 0), (3, 1)), full[:, :1]), (Box((0, 1), (3, 3)), full[:, 1:])]
+    >>> sum((scan_box(e, b, full.shape) for b, e in parts), Scan(NO_DIGEST, 0)) == scan(full)
+    True
+    """
+    if 0 in box.shape:
+        return Scan(NO_DIGEST, 0)
+    strides = strides_of(shape)
+    base = sum(s * t for s, t in zip(box.start, strides, strict=True))
+    return _scan_nd(elements.detach(), base, strides, tuple(shape), box.shape)
+
+
+def _scan_nd(
+    elements: torch.Tensor, base: int, strides: tuple[int, ...], full: tuple[int, ...], part: tuple[int, ...]
+) -> Scan:
+    # Trailing dimensions that are whole form one run; the dimension before them steps from run to run.
+    run = len(part)
+    while run and part[run - 1] == full[run - 1]:
+        run -= 1
+    outer = max(run - 1, 0)
+    if outer > 1:
+        parts = [_scan_nd(e, base + i * strides[0], strides[1:], full[1:], part[1:]) for i, e in enumerate(elements)]
+        return sum(parts, Scan(NO_DIGEST, 0))
+    if outer == 1:
+        return _scan_rows(elements.reshape(part[0], -1), base, strides[0])
+    return _scan_rows(elements.reshape(1, -1), base, 0)
+
+
+def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
+    if rows.numel() == 0:
+        return Scan(NO_DIGEST, 0)
+    count, width = rows.shape
+    rows = rows if rows.stride(1) == 1 or width == 1 else rows.contiguous()
+    size = rows.element_size()
+    pitch = rows.stride(0)
+    memory = rows.as_strided(((count - 1) * pitch + width,), (1,)).view(torch.uint8).numpy()
+    low, high, nonfinite = _sum_rows(
+        memory, rows.data_ptr(), count, width * size, pitch * size, start * size, step * size, *_exponents(rows.dtype)
+    )
+    return Scan(Digest(int(low), int(high)), int(nonfinite))
+
+
+def _exponents(dtype: torch.dtype) -> tuple[np.uint32, np.uint32, int]:
+    """All exponent bits of a word, the lowest one of each of its elements, and the words an element takes."""
+    bits = 8 * dtype.itemsize
+    exponent = _EXPONENT.get(dtype, 0) >> max(bits - 32, 0)
+    each = sum(1 << shift for shift in range(0, 32, bits))
+    return np.uint32(exponent * each), np.uint32((exponent & -exponent) * each), max(bits // 32, 1)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _mix(x: Any) -> Any:
+    x = np.uint32((x ^ (x >> 16)) * 0x7FEB352D)
+    x = np.uint32((x ^ (x >> 15)) * 0x846CA68B)
+    return np.uint32(x ^ (x >> 16))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _full_exponents(word: Any, exponent: Any, lowest: Any) -> Any:
+    # One more in an exponent's lowest bit carries into the place of the sign exactly when all its bits are set: that
+    # tests every element of a word at once.
+    return np.uint32(((word & exponent) + lowest) & (exponent + lowest))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fill_factors(lows: Any, highs: Any, words: Any, at: Any, exponent: Any, lowest: Any) -> Any:
+    # Apart from the sum so that this loop holds 32-bit values only and takes twice as many at once. It has time to
+    # spare while words come from memory, so it is where they are tested.
+    key = _mix(np.uint32((at >> 32) ^ 0x9E3779B9))
+    first = np.uint32(at & 0xFFFFFFFF)
+    suspect = np.uint32(0)
+    for i in range(words.size):
+        mixed = _mix(np.uint32(np.uint32(first + i) ^ key))
+        lows[i] = mixed | 1
+        again = np.uint32(mixed * 0x31848BAB)
+        highs[i] = again ^ (again >> 14) | 1
+        suspect = np.uint32(suspect | _full_exponents(words[i], exponent, lowest))
+    return suspect
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sum_words(words: Any, lows: Any, highs: Any) -> Any:
+    low = np.uint64(0)
+    high = np.uint64(0)
+    for i in range(words.size):
+        word = np.uint64(words[i])
+        low += word * np.uint64(lows[i])
+        high += word * np.uint64(highs[i])
+    return low, high
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any:
+    # The exponent is in the last word of an element.
+    count = np.int64(0)
+    for i in range(stride - 1, words.size, stride):
+        full = np.int64(_full_exponents(words[i], exponent, lowest))
+        count += (full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)
+    return count
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sum_rows(
+    memory: Any,
+    address: Any,
+    rows: Any,
+    width: Any,
+    pitch: Any,
+    start: Any,
+    step: Any,
+    exponent: Any,
+    lowest: Any,
+    stride: Any,
+) -> Any:
+    # All in bytes: `rows` rows of `width`, `pitch` apart in memory and `step` apart in the full tensor.
+    lows = np.empty(_BLOCK, np.uint32)
+    highs = np.empty(_BLOCK, np.uint32)
+    padded = np.empty(_BLOCK, np.uint32)
+    low = np.uint64(0)
+    high = np.uint64(0)
+    nonfinite = np.int64(0)
+    for row in range(rows):
+        place = row * pitch
+        end = place + width
+        at = start + row * step
+        while place < end:
+            # The high half of a word's index is part of the key, so no block crosses a multiple of 2^32 words.
+            room = 4 * min(_BLOCK, (1 << 32) - ((at >> 2) & 0xFFFFFFFF))
+            lead = at & 3
+            if lead == 0 and (address + place) & 3 == 0 and end - place >= 4:
+                count = min(end - place & ~3, room)
+                words = memory[place : place + count].view(np.uint32)
+            else:
+                # A row's ends within a word, or words that straddle those of the memory: zeros around add nothing.
+                count = min(end - place, room - lead)
+                words = padded[: (lead + count + 3) >> 2]
+                words[:] = 0
+                words.view(np.uint8)[lead : lead + count] = memory[place : place + count]
+            suspect = _fill_factors(lows, highs, words, at >> 2, exponent, lowest)
+            a, b = _sum_words(words, lows, highs)
+            low += a
+            high += b
+            if suspect:
+                nonfinite += _count_nonfinite(words, exponent, lowest, stride)
+            place += count
+            at += count
+    return low, high, nonfinite

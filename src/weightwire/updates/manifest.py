@@ -1,0 +1,117 @@
+"""The manifest: what an update holds, agreed before any byte travels."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from weightwire.errors import ManifestError
+
+__all__ = ["DTYPES", "Manifest", "TensorSpec", "decode_manifest"]
+
+DTYPES: dict[str, int] = {
+    "bool": 1,
+    "uint8": 1,
+    "int8": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int16": 2,
+    "float16": 2,
+    "bfloat16": 2,
+    "int32": 4,
+    "float32": 4,
+    "int64": 8,
+    "float64": 8,
+}
+"""Bytes per element of every dtype that may travel; the names are torch's."""
+
+MAX_TENSORS = 1_000_000
+MAX_BUCKET_BYTES = 1 << 30
+_MAX_ELEMENTS = 1 << 48
+
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+Dimension = Annotated[int, msgspec.Meta(ge=0, le=_MAX_ELEMENTS)]
+
+
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tensor of a checkpoint: its name there, its dtype's name, its full (unsharded) shape.
+
+    >>> TensorSpec(name="norm.weight", dtype="bfloat16", shape=(128,)).nbytes
+    256
+    """
+
+    name: Name
+    dtype: str
+    shape: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=8)]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.itemsize
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an update holds.
+
+    `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
+    engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
+    to be left out; `finite` refuses NaN and Inf. Both sides cut the same buckets from `bucket_bytes`.
+    """
+
+    version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
+    kind: Literal["dense"] = "dense"
+    aliases: dict[Name, Name] = {}
+    partial: bool = False
+    finite: bool = True
+    bucket_bytes: Annotated[int, msgspec.Meta(ge=4096, le=MAX_BUCKET_BYTES)] = 64 << 20
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.tensors)
+
+    def check(self) -> Manifest:
+        """This manifest, or a `ManifestError` that names the first tensor at fault."""
+        names: set[str] = set()
+        for name in (*(spec.name for spec in self.tensors), *self.aliases, *self.aliases.values()):
+            if not name.isprintable():
+                raise ManifestError(f"{name!r} is not a printable name")
+        for spec in self.tensors:
+            if spec.dtype not in DTYPES:
+                raise ManifestError(
+                    f"{spec.name!r} has dtype {spec.dtype!r}", next_step=f"Send one of {', '.join(DTYPES)}."
+                )
+            if spec.numel > _MAX_ELEMENTS:
+                raise ManifestError(f"{spec.name!r} has {spec.numel} elements, more than {_MAX_ELEMENTS}")
+            if spec.name in names:
+                raise ManifestError(f"{spec.name!r} is listed twice", next_step="List every tensor once.")
+            names.add(spec.name)
+        for alias, name in self.aliases.items():
+            if name not in names or alias in names:
+                raise ManifestError(
+                    f"alias {alias!r} of {name!r}: the first must be no tensor of this update, the second must be one"
+                )
+        return self
+
+
+def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:
+    """A checked manifest from JSON or plain data; `ManifestError` says what is wrong and where.
+
+    >>> decode_manifest(b'{"version": 3, "tensors": [{"name": "w", "dtype": "float32", "shape": [2, 2]}]}').nbytes
+    16
+    """
+    try:
+        if isinstance(data, dict):
+            return msgspec.convert(data, Manifest).check()
+        return msgspec.json.decode(data, type=Manifest).check()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise ManifestError(f"not a manifest: {error}") from error

@@ -1,0 +1,59 @@
+"""Fixtures for all tests. None of them is used unasked."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+# The first scan compiles, and machines differ: no test may fail for being slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
+
+_LASTING = "weightwire-control"
+
+
+@pytest.fixture
+def shm_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder that the `shm` transport of this process uses for /dev/shm; at the end nothing may be left in it."""
+    from weightwire import transports
+    from weightwire.transports import shm
+
+    with tempfile.TemporaryDirectory(prefix="test-weightwire-", dir=shm.ROOT) as folder:
+        root = Path(folder)
+        monkeypatch.setitem(transports._MAKERS, "shm", lambda: shm.Shm(root))
+        monkeypatch.setitem(transports._FETCH, "shm", partial(shm.fetch, root=root))
+        monkeypatch.setitem(transports._PROBE, "shm", partial(shm.probe, root=root))
+        yield root
+        _wait_until_empty(lambda: [path.name for path in root.iterdir()], "shared memory")
+
+
+@pytest.fixture
+def no_threads_left() -> Iterator[None]:
+    """At the end, no thread of this package may run but those that ran before, and the loop that lasts."""
+    before = set(threading.enumerate())
+    yield
+    _wait_until_empty(
+        lambda: [
+            thread.name
+            for thread in threading.enumerate()
+            if thread not in before and thread.name.startswith("weightwire") and thread.name != _LASTING
+        ],
+        "threads",
+    )
+
+
+def _wait_until_empty(left, what: str, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while found := left():
+        assert time.monotonic() < deadline, f"{what} left behind: {found}"
+        time.sleep(0.01)

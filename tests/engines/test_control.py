@@ -1,0 +1,564 @@
+"""One update through all ranks of an engine: the strictest answer counts, and no rank is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from weightwire.engines.control import Control
+from weightwire.errors import (
+    BusyError,
+    DeadlineError,
+    EngineLost,
+    PoisonedError,
+    RoomError,
+    ShapeMismatch,
+    StateError,
+    TransportError,
+    UpdateNotFound,
+    VerificationError,
+    WeightwireError,
+)
+from weightwire.receiver import Arrivals, Receiver
+from weightwire.updates.boxes import Box
+from weightwire.updates.buckets import cut
+from weightwire.updates.digest import scan
+from weightwire.updates.manifest import Manifest, TensorSpec
+
+pytestmark = pytest.mark.usefixtures("no_threads_left")
+
+SPEC = TensorSpec(name="w", dtype="float32", shape=(2000,))
+SECONDS = 60.0
+SOON = 0.3
+
+
+def manifest_of(version: int, *, partial: bool = False) -> Manifest:
+    return Manifest(version=version, tensors=(SPEC,), bucket_bytes=4096, partial=partial)
+
+
+def weights_of(version: int) -> torch.Tensor:
+    return torch.full((2000,), float(version))
+
+
+def digests_of(version: int) -> list[str]:
+    return [scan(weights_of(version)).digest.hex()]
+
+
+class Rank:
+    """A rank's model: one tensor. `refuse`, `break_at` and `room_left` say what goes wrong there, `takes` what
+    part of the tensor goes anywhere."""
+
+    def __init__(self) -> None:
+        self.live = weights_of(0)
+        self.refuse: WeightwireError | None = None
+        self.break_at: str | None = None
+        self.room_left = 1 << 20
+        self.takes: list[list[Box]] | None = None
+
+    def prepare(self, manifest: Manifest) -> Staged:
+        if self.refuse is not None:
+            raise self.refuse
+        return Staged(self)
+
+    def room(self) -> int:
+        return self.room_left
+
+
+class Staged:
+    nbytes = 8000
+
+    def __init__(self, rank: Rank) -> None:
+        self._rank = rank
+        self.takes = rank.takes
+        self._staged = torch.zeros(2000)
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._staged[start : start + data.numel()] = data
+
+    def seal(self) -> None:
+        self._break("seal")
+
+    def commit(self) -> None:
+        self._break("commit")
+        self._rank.live.copy_(self._staged)
+
+    def proof(self) -> dict[str, str]:
+        self._break("proof")
+        return {"w": "asked" if self._rank.break_at == "weakly" else "read back"}
+
+    def discard(self) -> None:
+        pass
+
+    def _break(self, step: str) -> None:
+        if self._rank.break_at == step:
+            raise RuntimeError(f"{step} broke")
+
+
+class FakeHost:
+    """An engine of several ranks. `hooks` may stand in for any of its methods; `log` is what was asked of it."""
+
+    name = "fake"
+    model = "a model"
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks = [Rank() for _ in range(ranks)]
+        self.hours = 0.0
+        self.receivers = [Receiver(rank, self.fetch, rank=i, clock=self.clock) for i, rank in enumerate(self.ranks)]
+        self.hooks: dict[str, Callable[[], Awaitable[None]]] = {}
+        self.log: list[str] = []
+        self.refusal: str | None = None
+        self.paused = False
+        self.version: int | None = None
+
+    def clock(self) -> float:
+        return time.time() + 3600 * self.hours
+
+    def fetch(self, address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+        weights = weights_of(int(address.partition(":")[2] or 0))
+        for bucket in arrivals.buckets:
+            while address.startswith("never"):
+                if arrivals.cancelled.wait(0.01):
+                    raise TransportError("aborted")
+            (piece,) = bucket.pieces
+            yield bucket.index, weights[piece.start : piece.start + piece.count].view(torch.uint8).clone()
+
+    async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        await self._hook(op)
+        self.log.append(op)
+        calls = [asyncio.to_thread(receiver.handle, op, arguments, body) for receiver in self.receivers]
+        return list(await asyncio.gather(*calls))
+
+    async def pause(self, mode: str, clear_cache: bool) -> None:
+        await self._hook("pause")
+        self.log.append(f"pause {mode} {clear_cache}")
+        self.paused = True
+
+    async def resume(self) -> None:
+        await self._hook("resume")
+        self.log.append("resume")
+        self.paused, self.refusal = False, None
+
+    async def refuse(self, reason: str) -> None:
+        self.log.append("refuse")
+        self.refusal = reason
+
+    async def label(self, version: int) -> None:
+        await self._hook("label")
+        self.version = version
+
+    async def _hook(self, name: str) -> None:
+        if name in self.hooks:
+            await self.hooks[name]()
+
+    def live(self) -> list[float]:
+        """What every rank holds, which is one value all over."""
+        assert all(len(set(rank.live.tolist())) == 1 for rank in self.ranks)
+        return [float(rank.live[0]) for rank in self.ranks]
+
+    def states(self) -> set[str]:
+        return {receiver.status()["state"] for receiver in self.receivers}
+
+
+@pytest.fixture
+def host() -> Iterator[FakeHost]:
+    made = FakeHost(3)
+    yield made
+    for receiver in made.receivers:
+        receiver.close()
+
+
+async def seal(control: Control, version: int, *, lease: float = SECONDS, partial: bool = False) -> str:
+    id = (await control.begin(manifest_of(version, partial=partial), "trainer", lease, SECONDS)).id
+    await control.stage(id, f"test:{version}", SECONDS)
+    await control.seal(id, digests_of(version), SECONDS)
+    return id
+
+
+async def update(control: Control, version: int, *, timeout: float = SECONDS, **options: Any) -> Any:
+    return await control.commit(await seal(control, version, **options), "keep", False, timeout)
+
+
+async def never() -> None:
+    await asyncio.sleep(3600)
+
+
+async def breaks() -> None:
+    raise RuntimeError("the host broke")
+
+
+async def heals(control: Control, host: FakeHost, version: int) -> None:
+    """The next complete update succeeds, and the engine generates."""
+    await update(control, version)
+    assert host.live() == [version] * 3
+    assert (host.states(), host.refusal, host.paused) == ({"idle"}, None, False)
+
+
+# -- what goes well ------------------------------------------------------------------------------------------------
+
+
+def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None:
+    async def run() -> None:
+        host.ranks[1].break_at = "weakly"
+        control = Control(host)
+        receipt = await update(control, 7)
+        assert host.live() == [7.0] * 3
+        assert host.version == 7
+        assert (receipt.engine, receipt.version, receipt.ranks, receipt.transport) == ("fake", 7, 3, "test")
+        assert receipt.proven == {"w": "asked"}
+        assert receipt.digests == {"w": digests_of(7)[0]}
+        assert receipt.seconds.keys() == {"begin", "stage", "seal", "commit", "verify"}
+        status = await control.status((), SECONDS)
+        assert (status.version, status.state, status.ranks, status.receipt) == (7, "idle", 3, receipt)
+        assert "pause keep True" in host.log
+        assert not host.paused
+
+    asyncio.run(run())
+
+
+def test_bodies_handed_over_go_to_every_rank(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(3), "trainer", SECONDS, SECONDS)).id
+        data = weights_of(3).view(torch.uint8).numpy().tobytes()
+        for bucket in cut(manifest_of(3)):
+            await control.put(id, bucket.index, data[4096 * bucket.index :][: bucket.nbytes], SECONDS)
+        await control.seal(id, digests_of(3), SECONDS)
+        assert (await control.commit(id, "wait", True, SECONDS)).transport == "http"
+        assert host.live() == [3.0] * 3
+        assert "pause wait False" in host.log
+
+    asyncio.run(run())
+
+
+def test_an_offer_counts_when_every_rank_can_use_it(host: FakeHost) -> None:
+    async def run() -> None:
+        host.receivers[2]._probe = lambda offer: "not from here" if offer == "b:" else None
+        status = await Control(host).status(["a:", "b:"], SECONDS)
+        assert status.offers == {"a:": None, "b:": "not from here"}
+
+    asyncio.run(run())
+
+
+def test_ranks_that_disagree_are_poisoned(host: FakeHost) -> None:
+    async def run() -> None:
+        host.receivers[1]._version = 5
+        status = await Control(host).status((), SECONDS)
+        assert status.state == "poisoned"
+        assert "ranks disagree on the version" in (status.poisoned or "")
+
+    asyncio.run(run())
+
+
+# -- one rank that fails -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("what", ["refuse", "room"])
+def test_one_rank_that_refuses_frees_all(host: FakeHost, rank: int, what: str) -> None:
+    async def run() -> None:
+        control, one = Control(host), host.ranks[rank]
+        one.refuse = ShapeMismatch("w is smaller here") if what == "refuse" else None
+        one.room_left = 0 if what == "room" else one.room_left
+        with pytest.raises(ShapeMismatch if what == "refuse" else RoomError) as caught:
+            await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)
+        assert (caught.value.engine, caught.value.phase) == ("fake", "begin")
+        assert host.states() == {"idle"}
+        one.refuse, one.room_left = None, 1 << 20
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+def test_what_no_rank_takes_is_refused(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        for index, rank in enumerate(host.ranks):
+            rank.takes = [[Box((600 * index,), (600,))]]
+        with pytest.raises(ShapeMismatch, match="w has 2000 elements, of which the model takes 1800"):
+            await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)
+        assert host.states() == {"idle"}
+        host.ranks[0].takes = [[Box((0,), (600,)), Box((1800,), (200,))]]
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("step", ["fetch", "seal", "digest"])
+def test_one_rank_that_fails_before_the_commit_frees_all(host: FakeHost, step: str) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+        if step == "fetch":
+            host.receivers[1]._fetch = lambda *_: iter([(0, torch.zeros(1, dtype=torch.uint8))])
+        if step == "digest":
+            host.receivers[1]._fetch = lambda _, arrivals: host.fetch("test:2", arrivals)
+        if step == "seal":
+            host.ranks[1].break_at = "seal"
+
+        async def stage_and_seal() -> None:
+            await control.stage(id, "test:1", SECONDS)
+            await control.seal(id, digests_of(1), SECONDS)
+
+        with pytest.raises(WeightwireError) as caught:
+            await stage_and_seal()
+        assert (caught.value.engine, caught.value.phase) == ("fake", "stage" if step == "fetch" else "seal")
+        assert isinstance(caught.value, VerificationError) == (step == "digest")
+        assert "rank 1" in str(caught.value)
+        assert host.states() == {"idle"}
+        assert host.live() == [0.0] * 3
+        assert not any(entry.startswith("pause") for entry in host.log)
+        host.receivers[1]._fetch, host.ranks[1].break_at = host.fetch, None
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("step", ["commit", "proof"])
+def test_one_rank_that_fails_in_the_commit_poisons_all(host: FakeHost, step: str) -> None:
+    async def run() -> None:
+        control = Control(host)
+        await update(control, 1)
+        host.ranks[2].break_at = step
+        with pytest.raises(PoisonedError, match=f"{step} broke") as caught:
+            await update(control, 2)
+        assert (caught.value.engine, caught.value.phase) == ("fake", "commit")
+        assert f"{step} broke" in str(host.refusal)
+        assert (await control.status((), SECONDS)).state == "poisoned"
+        host.ranks[2].break_at = None
+        with pytest.raises(PoisonedError, match="cannot heal"):
+            await control.begin(manifest_of(3, partial=True), "trainer", SECONDS, SECONDS)
+        await heals(control, host, 3)
+
+    asyncio.run(run())
+
+
+def test_a_partial_update_cannot_heal_what_another_rank_broke(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = await seal(control, 1, partial=True)
+        host.receivers[0].poison("rank 0 only")
+        with pytest.raises(PoisonedError):
+            await control.commit(id, "keep", False, SECONDS)
+        assert "rank 0 only" in str(host.refusal)
+        await heals(control, host, 2)
+
+    asyncio.run(run())
+
+
+# -- the wrong call, and the wrong time ----------------------------------------------------------------------------
+
+
+def test_a_commit_that_cannot_succeed_costs_no_pause(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+        with pytest.raises(StateError, match="not sealed"):
+            await control.commit(id, "keep", False, SECONDS)
+        with pytest.raises(UpdateNotFound):
+            await control.commit("0" * 32, "keep", False, SECONDS)
+        assert not any(entry.startswith("pause") for entry in host.log)
+        await control.abort(id, SECONDS)
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+def test_a_seal_too_early_can_be_mended(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+        with pytest.raises(StateError, match="2 of 2 buckets have not arrived"):
+            await control.seal(id, digests_of(1), SECONDS)
+        await control.stage(id, "test:1", SECONDS)
+        await control.seal(id, digests_of(1), SECONDS)
+        await control.commit(id, "keep", False, SECONDS)
+        assert host.live() == [1.0] * 3
+
+    asyncio.run(run())
+
+
+def test_who_comes_second_disturbs_nobody(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = await seal(control, 1)
+        with pytest.raises(BusyError, match="held by trainer"):
+            await control.begin(manifest_of(2), "another", SECONDS, SECONDS)
+        await control.commit(id, "keep", False, SECONDS)
+        assert host.live() == [1.0] * 3
+
+    asyncio.run(run())
+
+
+# -- time ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("op", ["begin", "stage", "seal"])
+def test_ranks_that_do_not_answer_are_named_in_time(host: FakeHost, op: str) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = "" if op == "begin" else (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+        if op == "seal":
+            await control.stage(id, "test:1", SECONDS)
+        host.hooks[op] = never
+        calls = {
+            "begin": lambda: control.begin(manifest_of(1), "trainer", SECONDS, SOON),
+            "stage": lambda: control.stage(id, "test:1", SOON),
+            "seal": lambda: control.seal(id, digests_of(1), SOON),
+        }
+        started = time.monotonic()
+        with pytest.raises(DeadlineError, match=r"no answer within 0\.\d s") as caught:
+            await calls[op]()
+        # And not after the 20 s that cleaning up may take.
+        assert time.monotonic() - started < 15
+        assert (caught.value.engine, caught.value.phase) == ("fake", op)
+        host.hooks.clear()
+        await becomes(lambda: host.states() == {"idle"})
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+def test_buckets_that_never_come_end_the_update_in_time(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+        with pytest.raises(DeadlineError) as caught:
+            await control.stage(id, "never:", SOON)
+        assert (caught.value.engine, caught.value.phase) == ("fake", "stage")
+        await becomes(lambda: host.states() == {"idle"})
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("op", ["begin", "stage"])
+def test_a_trainer_that_hangs_up_frees_all_ranks(host: FakeHost, op: str) -> None:
+    async def run() -> None:
+        control = Control(host)
+        reached = asyncio.Event()
+
+        async def slowly() -> None:
+            reached.set()
+            await asyncio.sleep(0.5)
+
+        if op == "begin":
+            # The ranks take it, and the answer is what comes too late.
+            host.hooks["begin"] = slowly
+            call = control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)
+        else:
+            id = (await control.begin(manifest_of(1), "trainer", SECONDS, SECONDS)).id
+            host.hooks["poll"] = slowly
+            call = control.stage(id, "never:", SECONDS)
+        task = asyncio.ensure_future(call)
+        await reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        host.hooks.clear()
+        await becomes(lambda: host.states() == {"idle"})
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+def test_a_long_pause_outlasts_the_lease(host: FakeHost) -> None:
+    async def run() -> None:
+        async def long() -> None:
+            host.hours += 0.5
+
+        control = Control(host)
+        host.hooks["pause"] = long
+        await update(control, 1, lease=SECONDS, timeout=3600.0)
+        assert host.live() == [1.0] * 3
+        assert host.states() == {"idle"}
+
+    asyncio.run(run())
+
+
+def test_a_pause_that_fails_changes_nothing_and_frees_all(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        for hook, kind, seconds in ((never, DeadlineError, 1.0), (breaks, RuntimeError, SECONDS)):
+            host.hooks["pause"] = hook
+            id = await seal(control, 1)
+            with pytest.raises(kind):
+                await control.commit(id, "keep", False, seconds)
+            assert host.live() == [0.0] * 3
+            assert (host.states(), host.refusal, host.log[-1]) == ({"idle"}, None, "resume")
+        host.hooks.clear()
+        await heals(control, host, 1)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("what", ["commit", "label", "resume"])
+@pytest.mark.parametrize("hook", [never, breaks])
+def test_what_fails_once_ranks_may_have_changed_never_leaves_the_engine_paused(
+    host: FakeHost, what: str, hook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightwire.engines.control._CLEAN_UP_SECONDS", 1.0)
+
+    async def once() -> None:
+        del host.hooks[what]
+        await hook()
+
+    async def run() -> None:
+        control = Control(host)
+        id = await seal(control, 1)
+        host.hooks[what] = once
+        with pytest.raises((PoisonedError, DeadlineError, RuntimeError)) as caught:
+            await control.commit(id, "keep", False, 1.0 if hook is never else SECONDS)
+        status = await control.status((), SECONDS)
+        if what == "resume":
+            # The ranks hold the new version, all of them, and are told to go on once more.
+            assert (status.version, status.state, host.refusal, host.paused) == (1, "idle", None, False)
+        else:
+            assert isinstance(caught.value, PoisonedError)
+            assert status.poisoned
+            assert host.refusal
+        await heals(control, host, 2)
+
+    asyncio.run(run())
+
+
+def test_workers_that_are_gone_after_a_commit_are_refused(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("weightwire.engines.control._CLEAN_UP_SECONDS", 1.0)
+
+    async def gone() -> None:
+        raise EngineLost("its workers are gone")
+
+    async def run() -> None:
+        control = Control(host)
+        id = await seal(control, 1)
+        host.hooks |= dict.fromkeys(("commit", "poison", "status"), gone)
+        with pytest.raises(EngineLost, match="its workers are gone"):
+            await control.commit(id, "keep", False, SECONDS)
+        assert "its workers are gone" in str(host.refusal)
+
+    asyncio.run(run())
+
+
+def test_a_record_that_is_lost_is_no_failed_commit(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+
+        async def lost() -> None:
+            raise EngineLost("gone for a moment")
+
+        host.hooks["record"] = lost
+        assert (await update(control, 1)).version == 1
+        assert host.live() == [1.0] * 3
+
+    asyncio.run(run())
+
+
+async def becomes(ready: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not ready():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)

@@ -1,0 +1,14 @@
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def lab():
+    spec = importlib.util.spec_from_file_location("weightwire_lab", Path(__file__).with_name("lab.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lab = module.Lab()
+    yield lab
+    lab.close()

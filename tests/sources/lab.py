@@ -1,0 +1,126 @@
+"""Runs a function of a test file as every rank of a gloo world, in processes of their own.
+
+Run as a script it is a server: it imports torch once and forks ranks for each job, a JSON line on its standard input.
+Every job has a deadline, after which what is left of it is killed.
+"""
+
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from pathlib import Path
+
+
+class Lab:
+    """The tests' side: `lab(function, ranks)`; `dies` are the ranks that are meant to end by SIGKILL."""
+
+    def __init__(self):
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            text=True,
+            start_new_session=True,
+        )
+
+    def __call__(self, function, ranks, *, dies=(), seconds=60.0, **arguments):
+        job = {"file": function.__code__.co_filename, "function": function.__name__, "arguments": arguments}
+        print(json.dumps(job | {"ranks": ranks, "seconds": seconds}), file=self._server.stdin, flush=True)
+        # The first job waits for the server's imports too.
+        ready, _, _ = select.select([self._server.stdout], [], [], seconds + 60)
+        assert ready, "the lab does not answer"
+        ended = json.loads(self._server.stdout.readline())
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(ended) if error is not None]
+        assert not errors, "\n".join(errors)
+        assert [code for code, _ in ended] == [-9 if rank in dies else 0 for rank in range(ranks)]
+
+    def close(self):
+        self._server.stdin.close()
+        try:
+            self._server.wait(10)
+        except subprocess.TimeoutExpired:
+            # With the ranks that it forked.
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.wait()
+        self._server.stdout.close()
+
+
+def serve():
+    answers = os.fdopen(os.dup(1), "w")
+    # What ranks and libraries print must not get between the answers.
+    os.dup2(2, 1)
+    _import_once()
+    for line in sys.stdin:
+        print(json.dumps(_run(json.loads(line))), file=answers, flush=True)
+
+
+def _import_once():
+    names = (
+        "pytest",
+        "psutil",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "weightwire.sources.fsdp",
+    )
+    # torch imports the last only when it first needs it, which would be in every rank.
+    for name in (*names, "torch._dynamo"):
+        importlib.import_module(name)
+    import torch
+
+    from weightwire.updates.digest import scan
+
+    # Compiles it.
+    scan(torch.ones(1))
+
+
+def _run(job):
+    with tempfile.TemporaryDirectory() as folder:
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=_be_rank, args=(job, rank, folder)) for rank in range(job["ranks"])]
+        for process in ranks:
+            process.start()
+        deadline = time.monotonic() + job["seconds"]
+        ended = []
+        for rank, process in enumerate(ranks):
+            process.join(max(0.0, deadline - time.monotonic()))
+            late = process.is_alive()
+            if late:
+                process.kill()
+                process.join()
+            report = Path(folder, f"error-{rank}")
+            error = report.read_text() if report.exists() else None
+            ended.append([process.exitcode, f"not done after {job['seconds']} s" if late else error])
+        return ended
+
+
+def _be_rank(job, rank, folder):
+    try:
+        import torch.distributed as dist
+
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.simplefilter("error", category)
+        store = dist.FileStore(f"{folder}/store", job["ranks"])
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"])
+        spec = importlib.util.spec_from_file_location("in_lab", job["file"])
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["in_lab"] = module
+        spec.loader.exec_module(module)
+        getattr(module, job["function"])(rank, job["ranks"], **job["arguments"])
+    except BaseException:
+        Path(folder, f"error-{rank}").write_text(traceback.format_exc())
+    # Without the destructors of groups, which may wait for ranks that have died.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve()

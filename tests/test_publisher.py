@@ -1,0 +1,547 @@
+"""A publish either happened on every engine or on none; what goes wrong leaves the old version, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import weightwire as ww
+from support import same, snapshot, tiny, weights_for
+from weightwire import transports
+from weightwire.sources import find
+from weightwire.transports import shm
+from weightwire.updates.manifest import Manifest
+
+pytestmark = pytest.mark.usefixtures("shm_root", "no_threads_left")
+
+IN_PROCESS = ("shm", "gloo")
+
+
+@pytest.fixture
+def engines() -> Iterator[Callable[..., ww.TransformersEngine]]:
+    """Makes engines around tiny models, and closes them."""
+    with contextlib.ExitStack() as stack:
+
+        def make(name: str = "a", model: torch.nn.Module | None = None) -> ww.TransformersEngine:
+            engine = ww.TransformersEngine(model or tiny(), name=name)
+            stack.callback(engine.close)
+            return engine
+
+        yield make
+
+
+def publish(weights: Any, engines: Any, version: int, **options: Any) -> ww.Receipt:
+    made = {k: options.pop(k) for k in ("transport", "bucket_bytes", "lease") if k in options}
+    with ww.Publisher(weights, engines, **made) as publisher:
+        return publisher.publish(version, **options)
+
+
+def assert_unharmed(engine: ww.TransformersEngine, old: dict[str, torch.Tensor], version: int | None) -> None:
+    """The old version is served, nobody holds the engine, and the next good publish succeeds."""
+    assert same(engine.model, old)
+    status = engine.status()
+    assert (status.version, status.state, status.update) == (version, "idle", None)
+    engine.model(torch.zeros(1, 16))
+    new = weights_for(engine.model, seed=99)
+    publish(new, engine, 1000)
+    assert same(engine.model, new)
+
+
+# -- what goes well ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("transport", IN_PROCESS)
+@pytest.mark.parametrize("bucket_bytes", [4096, 64 << 20])
+def test_every_engine_gets_exactly_what_was_sent(engines: Any, transport: str, bucket_bytes: int) -> None:
+    # Of 65,536 bytes a weight: many buckets each at 4,096, and biases that share one.
+    pair = [engines("a", tiny(width=128)), engines("b", tiny(width=128))]
+    with ww.Publisher(
+        source := weights_for(pair[0].model, 1), pair, transport=transport, bucket_bytes=bucket_bytes
+    ) as publisher:
+        for version in (0, 7):
+            for tensor in source.values():
+                tensor.add_(1)
+            receipt = publisher.publish(version)
+            assert all(same(engine.model, source) for engine in pair)
+            assert receipt.version == version
+            assert receipt.nbytes == sum(t.nbytes for t in source.values())
+            for engine in pair:
+                mine = receipt.engines[engine.name]
+                assert mine.transport == transport
+                assert mine.proven == dict.fromkeys(source, "read back")
+                assert engine.status().version == version
+                assert engine.status().receipt == mine
+
+
+def test_a_module_is_read_anew_at_each_publish(engines: Any) -> None:
+    engine, trained = engines(), tiny()
+    with ww.Publisher(trained, engine) as publisher:
+        for version in range(3):
+            with torch.no_grad():
+                trained[0].weight.add_(1)
+            publisher.publish(version)
+            assert same(engine.model, snapshot(trained))
+
+
+def test_explain_names_the_transport_and_why_not_the_others(engines: Any) -> None:
+    engine = engines()
+    with ww.Publisher(weights_for(engine.model, 1), engine) as publisher:
+        told = publisher.explain()
+    assert told.engines["a"].name == "shm"
+    assert told.engines["a"].reasons == {"shm": None, "gloo": None, "http": "the engine has no HTTP server"}
+    assert "a: over shm" in str(told)
+    assert "http: the engine has no HTTP server" in str(told)
+
+
+@pytest.mark.parametrize("transport", IN_PROCESS)
+def test_many_engines_are_resolved_at_the_same_time(engines: Any, transport: str) -> None:
+    several = [engines(name) for name in "abcdefgh"]
+    new = weights_for(several[0].model, 1)
+    for version in range(3):
+        receipt = publish(new, several, version, transport=transport)
+        assert {mine.transport for mine in receipt.engines.values()} == {transport}
+    assert all(same(engine.model, new) for engine in several)
+
+
+def test_a_publisher_that_nobody_closes_leaves_nothing(engines: Any, shm_root: Path) -> None:
+    engine = engines()
+    ww.Publisher(weights_for(engine.model, 1), engine).publish(1)
+    assert not list(shm_root.iterdir())
+
+
+# -- arguments -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"transport": "pigeon"},
+        {"bucket_bytes": 4095},
+        {"bucket_bytes": (1 << 30) + 1},
+        {"lease": 0},
+        {"deadline": -1},
+    ],
+)
+def test_an_argument_that_cannot_work_is_refused_at_once(engines: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ww.UsageError):
+        ww.Publisher({"w": torch.zeros(2)}, engines(), **options)
+
+
+def test_without_engines_there_is_nothing_to_do() -> None:
+    with pytest.raises(ww.UsageError, match="no engines"):
+        ww.Publisher({"w": torch.zeros(2)}, [])
+
+
+@pytest.mark.parametrize("version", [-1, True, 1.0, "1", None])
+def test_a_version_is_a_non_negative_integer(engines: Any, version: Any) -> None:
+    engine = engines()
+    with pytest.raises(ww.UsageError, match="version"):
+        publish(weights_for(engine.model, 1), engine, version)
+
+
+def test_an_unknown_pause_is_refused(engines: Any) -> None:
+    engine = engines()
+    with pytest.raises(ww.UsageError, match="pause"):
+        publish(weights_for(engine.model, 1), engine, 1, pause="nap")
+
+
+# -- what goes wrong before the commit -----------------------------------------------------------------------------
+
+
+class Flipping:
+    """A transport that flips one bit of one bucket between the digest and the wire."""
+
+    def __init__(self, inner: Any, bucket: int, bit: int) -> None:
+        self._inner, self._bucket, self._bit = inner, bucket, bit
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def sender(self, *args: Any) -> Any:
+        sender = self._inner.sender(*args)
+        buffer, send = sender.buffer, sender.send
+
+        def flip(bucket: Any) -> None:
+            if bucket.index == self._bucket:
+                last[0][self._bit // 8] ^= 1 << self._bit % 8
+            send(bucket)
+
+        last: list[torch.Tensor] = []
+
+        def keep(bucket: Any) -> torch.Tensor:
+            last[:] = [buffer(bucket)]
+            return last[0]
+
+        sender.buffer, sender.send = keep, flip
+        return sender
+
+
+@pytest.mark.parametrize("transport", IN_PROCESS)
+@pytest.mark.parametrize(("bucket", "bit"), [(0, 0), (0, 4096 * 8 - 1), (3, 777)])
+def test_one_flipped_bit_is_noticed(engines: Any, transport: str, bucket: int, bit: int) -> None:
+    engine = engines("a", tiny(width=64))
+    old = snapshot(engine.model)
+    with ww.Publisher(weights_for(engine.model, 1), engine, transport=transport, bucket_bytes=4096) as publisher:
+        publisher._transports[transport] = Flipping(publisher._transports[transport], bucket, bit)
+        with pytest.raises(ww.VerificationError, match="another digest on rank 0") as caught:
+            publisher.publish(1)
+    assert (caught.value.engine, caught.value.phase) == ("a", "seal")
+    assert same(engine.model, old)
+    assert engine.status().state == "idle"
+    publish(new := weights_for(engine.model, 2), engine, 2)
+    assert same(engine.model, new)
+
+
+def test_a_wrong_digest_is_noticed(engines: Any) -> None:
+    engine = engines()
+    old, seal = snapshot(engine.model), engine.seal
+    engine.seal = lambda id, d, timeout: seal(id, [*d[:3], "0" * 32], timeout=timeout)
+    with pytest.raises(ww.VerificationError, match=r"1 of 4 tensors .* 1\.bias"):
+        publish(weights_for(engine.model, 1), engine, 1)
+    engine.seal = seal
+    assert_unharmed(engine, old, None)
+
+
+def test_an_old_version_is_refused(engines: Any) -> None:
+    engine = engines()
+    publish(new := weights_for(engine.model, 1), engine, 5)
+    for version in (5, 4, 0):
+        with pytest.raises(ww.VersionError, match="not newer than 5") as caught:
+            publish(weights_for(engine.model, 2), engine, version)
+        assert "Publish version 6 or higher" in str(caught.value)
+    assert_unharmed(engine, new, 5)
+
+
+def test_a_second_trainer_is_told_who_holds_the_engine(engines: Any) -> None:
+    engine = engines()
+    old, weights = snapshot(engine.model), weights_for(engine.model, 1)
+    manifest = Manifest(version=3, tensors=tuple(find(weights, timeout=9.0).metadata()))
+    begun = engine.begin(manifest, holder="trainer-1:42", lease=60.0, timeout=30.0)
+    with pytest.raises(ww.BusyError, match="held by trainer-1:42, which is sending version 3, until 20") as caught:
+        publish(weights, engine, 4)
+    assert caught.value.details["holder"] == "trainer-1:42"
+    assert 0 < caught.value.details["until"] - time.time() <= 60
+    assert engine.status().update["id"] == begun.id
+    engine.abort(begun.id, timeout=30.0)
+    assert_unharmed(engine, old, None)
+
+
+def test_when_a_lease_ends_the_engine_is_free(engines: Any) -> None:
+    engine = engines()
+    old, weights = snapshot(engine.model), weights_for(engine.model, 1)
+    manifest = Manifest(version=3, tensors=tuple(find(weights, timeout=9.0).metadata()))
+    begun = engine.begin(manifest, holder="trainer-1:42", lease=0.2, timeout=30.0)
+    until(lambda: engine.status().update is None)
+    for call in (
+        lambda: engine.stage(begun.id, "shm:", timeout=30.0),
+        lambda: engine.seal(begun.id, [], timeout=30.0),
+        lambda: engine.commit(begun.id, pause="keep", keep_cache=False, timeout=30.0),
+    ):
+        with pytest.raises(ww.UpdateNotFound, match=r"its lease ended: nothing was heard of trainer-1:42 for 0\.2 s"):
+            call()
+    assert_unharmed(engine, old, None)
+
+
+def test_one_engine_that_refuses_keeps_all_from_changing(engines: Any) -> None:
+    good, other = engines("good"), engines("other", tiny(width=8))
+    old = snapshot(good.model)
+    publish(first := weights_for(good.model, 1), good, 1)
+    with pytest.raises(ww.ShapeMismatch) as caught:
+        publish(weights_for(good.model, 2), [good, other], 2)
+    assert (caught.value.engine, caught.value.phase) == ("other", "begin")
+    assert not same(good.model, old)
+    assert other.status().version is None
+    assert_unharmed(good, first, 1)
+
+
+class Failing:
+    """A source that raises at its `at`-th read."""
+
+    ranks = None
+
+    def __init__(self, weights: Any, at: int) -> None:
+        self._inner, self.at = find(weights, timeout=9.0), at
+        self.aliases = self._inner.aliases
+
+    def metadata(self) -> Any:
+        return self._inner.metadata()
+
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Any:
+        self.at -= 1
+        if self.at == 0:
+            raise OSError("the disk is gone")
+        return self._inner.read(tensor, start, out)
+
+    def release(self) -> None:
+        self._inner.release()
+
+
+@pytest.mark.parametrize("transport", IN_PROCESS)
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_source_that_fails_midway_changes_nothing(engines: Any, transport: str, at: int) -> None:
+    engine = engines("a", tiny(width=64))
+    old = snapshot(engine.model)
+    source = Failing(new := weights_for(engine.model, 1), at)
+    with ww.Publisher(source, engine, transport=transport, bucket_bytes=4096, lease=600.0) as publisher:
+        with pytest.raises(ww.SourceError, match="the disk is gone") as caught:
+            publisher.publish(1)
+        assert caught.value.phase == "stage"
+        assert same(engine.model, old)
+        assert engine.status().state == "idle"
+        # At once, and not after the lease of ten minutes.
+        started = time.monotonic()
+        publisher.publish(2)
+        assert time.monotonic() - started < 60
+    assert same(engine.model, new)
+
+
+def test_an_engine_of_the_user_that_raises_anything_is_an_engine_error(engines: Any) -> None:
+    good, odd = engines("good"), engines("odd")
+    old = snapshot(good.model)
+
+    def begin(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    odd.begin = begin
+    with pytest.raises(ww.EngineError, match="odd: begin: unexpected ZeroDivisionError"):
+        publish(weights_for(good.model, 1), [good, odd], 1)
+    assert_unharmed(good, old, None)
+
+
+# -- what goes wrong in the commit ---------------------------------------------------------------------------------
+
+
+def break_commit(engine: ww.TransformersEngine) -> Callable[[], None]:
+    """Have the engine's commits fail half-way, after the first tensor; returns what mends it."""
+    target = engine.receiver._target
+    prepare = target.prepare
+
+    def prepare_broken(manifest: Manifest) -> Any:
+        staging = prepare(manifest)
+
+        def commit() -> None:
+            (name, staged), *_ = staging._staged.items()
+            with torch.no_grad():
+                staging._live[name].copy_(staged)
+            raise RuntimeError("the bus is on fire")
+
+        staging.commit = commit
+        return staging
+
+    target.prepare = prepare_broken
+    return lambda: delattr(target, "prepare")
+
+
+def test_a_commit_that_fails_poisons_until_a_complete_update(engines: Any) -> None:
+    engine = engines()
+    inputs = torch.zeros(1, 16)
+    mend = break_commit(engine)
+    with pytest.raises(ww.PoisonedError, match="the bus is on fire") as caught:
+        publish(weights_for(engine.model, 1), engine, 1)
+    assert (caught.value.engine, caught.value.phase) == ("a", "commit")
+    mend()
+    status = engine.status()
+    assert (status.state, status.version, status.update) == ("poisoned", None, None)
+    assert "the bus is on fire" in (status.poisoned or "")
+    with pytest.raises(ww.PoisonedError, match="complete update"):
+        engine.model(inputs)
+
+    part = {"0.weight": torch.zeros(16, 16)}
+    with pytest.raises(ww.PoisonedError, match="a partial update cannot heal it"):
+        publish(part, engine, 1, partial=True)
+    with pytest.raises(ww.MissingTensor):
+        publish(part, engine, 1)
+    with pytest.raises(ww.PoisonedError):
+        engine.model(inputs)
+
+    publish(new := weights_for(engine.model, 2), engine, 1)
+    assert same(engine.model, new)
+    assert engine.status().state == "idle"
+    engine.model(inputs)
+
+
+def test_engines_that_end_differently_are_told_apart(engines: Any) -> None:
+    good, bad = engines("good"), engines("bad")
+    mend = break_commit(bad)
+    with pytest.raises(ww.PublishError, match="1 of 2 engines did not commit: bad: commit: ") as caught:
+        publish(new := weights_for(good.model, 1), [good, bad], 1)
+    outcomes = caught.value.outcomes
+    assert sorted(outcomes) == ["bad", "good"]
+    assert isinstance(outcomes["bad"], ww.PoisonedError)
+    assert isinstance(outcomes["good"], ww.EngineReceipt)
+    assert outcomes["good"].version == 1
+    assert same(good.model, new)
+    mend()
+    publish(new := weights_for(good.model, 2), [good, bad], 2)
+    assert same(good.model, new)
+    assert same(bad.model, new)
+
+
+# -- deadlines -----------------------------------------------------------------------------------------------------
+
+
+def hang(engine: ww.TransformersEngine, *ops: str) -> Callable[[], None]:
+    """Have the engine's workers never answer some calls; returns what mends it."""
+    host = engine._host
+    call, mended = host.call, threading.Event()
+
+    async def answer(op: str, *args: Any) -> Any:
+        import asyncio
+
+        while op in ops and not mended.is_set():
+            await asyncio.sleep(0.02)
+        return await call(op, *args)
+
+    host.call = answer
+    return mended.set
+
+
+@pytest.mark.parametrize("op", ["status", "begin", "stage", "seal"])
+def test_an_engine_that_never_answers_is_named_in_time(engines: Any, op: str) -> None:
+    silent = engines("silent")
+    everyone = [engines("good"), silent]
+    old = snapshot(silent.model)
+    mend = hang(silent, op)
+    started = time.monotonic()
+    with pytest.raises(ww.DeadlineError) as caught:
+        publish(weights_for(silent.model, 1), everyone, 1, deadline=1.5)
+    assert time.monotonic() - started < 30
+    assert "silent" in str(caught.value.engine)
+    assert caught.value.phase == op
+    mend()
+    until(lambda: silent.status().update is None)
+    for engine in everyone:
+        assert engine.status().version is None
+    assert_unharmed(silent, old, None)
+
+
+def test_a_commit_that_is_never_answered_poisons(engines: Any) -> None:
+    engine = engines()
+    mend = hang(engine, "commit")
+    with pytest.raises(ww.PoisonedError, match="no answer within") as caught:
+        publish(weights_for(engine.model, 1), engine, 1, deadline=1.5)
+    assert (caught.value.engine, caught.value.phase) == ("a", "commit")
+    with pytest.raises(ww.PoisonedError):
+        engine.model(torch.zeros(1, 16))
+    mend()
+    assert engine.status().update is None
+    publish(new := weights_for(engine.model, 2), engine, 2)
+    assert same(engine.model, new)
+    engine.model(torch.zeros(1, 16))
+
+
+def test_a_pause_that_takes_too_long_changes_nothing(engines: Any) -> None:
+    engine = engines()
+    old, entered, leave = snapshot(engine.model), threading.Event(), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            entered.set()
+            leave.wait(60)
+            return x
+
+    engine.model.append(Slow())
+    generating = threading.Thread(target=engine.model, args=(torch.zeros(1, 16),))
+    generating.start()
+    try:
+        assert entered.wait(60)
+        with pytest.raises(ww.DeadlineError) as caught:
+            publish(weights_for(engine.model, 1), engine, 1, deadline=1.5)
+        assert (caught.value.engine, caught.value.phase) == ("a", "pause")
+        assert engine.status().update is None
+    finally:
+        leave.set()
+        generating.join()
+    assert_unharmed(engine, old, None)
+
+
+# -- shared memory -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_memory(root: Path, kilobytes: int) -> Iterator[Path]:
+    """A tmpfs of limited size; skipped where this user may not mount one."""
+    root.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(root)], capture_output=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip("mounting a tmpfs takes root")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", str(root)], check=True)
+        root.rmdir()
+
+
+def use_as_shm(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(transports._MAKERS, "shm", lambda: shm.Shm(root))
+    monkeypatch.setitem(transports._FETCH, "shm", lambda *args: shm.fetch(*args, root=root))
+    monkeypatch.setitem(transports._PROBE, "shm", lambda offer: shm.probe(offer, root=root))
+
+
+def test_a_shared_memory_of_a_megabyte_means_smaller_buckets(
+    engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines("a", tiny(width=512))
+    with small_memory(tmp_path / "small", 1024) as root:
+        use_as_shm(root, monkeypatch)
+        receipt = publish(new := weights_for(engine.model, 1), engine, 1)
+        assert not list(root.iterdir())
+    assert receipt.engines["a"].transport == "shm"
+    assert same(engine.model, new)
+
+
+def test_a_shared_memory_that_is_too_small_is_passed_over(
+    engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines()
+    with small_memory(tmp_path / "small", 512) as root:
+        use_as_shm(root, monkeypatch)
+        with ww.Publisher(new := weights_for(engine.model, 1), engine) as publisher:
+            told = publisher.explain()
+            assert publisher.publish(1).engines["a"].transport == "gloo"
+    assert told.engines["a"].name == "gloo"
+    assert "has room for two buckets of" in (told.engines["a"].reasons["shm"] or "")
+    assert same(engine.model, new)
+
+
+@pytest.mark.parametrize("how", ["statvfs", "posix_fallocate"])
+def test_a_shared_memory_that_fills_up_is_noticed(engines: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    engine = engines()
+    old, full = snapshot(engine.model), list(os.statvfs("/dev/shm"))
+    full[4] = 0
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ww.Publisher(new := weights_for(engine.model, 1), engine) as publisher:
+        if how == "statvfs":
+            monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(full))
+        else:
+            assert publisher.explain().engines["a"].name == "shm"
+            monkeypatch.setattr(os, "posix_fallocate", refuse)
+            with pytest.raises(ww.TransportError, match="No space left"):
+                publisher.publish(1)
+            assert same(engine.model, old)
+            monkeypatch.undo()
+            monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result(full))
+        assert publisher.publish(2).engines["a"].transport == "gloo"
+    assert same(engine.model, new)
+
+
+def until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

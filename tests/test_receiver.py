@@ -1,0 +1,587 @@
+"""The receiver, checked by machine: live weights change in a sealed update's commit, and nowhere else."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis.strategies as st
+import msgspec
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from weightwire.errors import (
+    BusyError,
+    PoisonedError,
+    RoomError,
+    StateError,
+    TransportError,
+    UnknownTensor,
+    UpdateNotFound,
+    VersionError,
+    WeightwireError,
+)
+from weightwire.receiver import Arrivals, Receiver, decode_reply, encode_call
+from weightwire.updates.buckets import cut
+from weightwire.updates.digest import scan
+from weightwire.updates.manifest import Manifest, TensorSpec
+
+WEIGHTS = (
+    TensorSpec(name="wide", dtype="float32", shape=(1500,)),
+    TensorSpec(name="small", dtype="float32", shape=(3,)),
+)
+BUCKET_BYTES = 4096  # so that `wide` is split and there are two buckets
+LEASE = 10.0
+CALLS = (
+    "status",
+    "begin",
+    "stage",
+    "put",
+    "poll",
+    "seal",
+    "commit",
+    "proof",
+    "abort",
+    "try_offers",
+    "poison",
+    "record",
+)
+OLD = -1
+
+
+def values(seed: int) -> list[torch.Tensor]:
+    """What a trainer sends: finite and different in each element."""
+    return [torch.arange(spec.numel, dtype=torch.float32) + 10_000 * seed for spec in WEIGHTS]
+
+
+def digests(seed: int) -> list[str]:
+    return [scan(tensor).digest.hex() for tensor in values(seed)]
+
+
+def bodies(manifest: Manifest, seed: int) -> list[bytes]:
+    sent = values(seed)
+    filled = []
+    for bucket in cut(manifest):
+        data = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+        for piece in bucket.pieces:
+            run = sent[piece.tensor][piece.start : piece.start + piece.count].view(torch.uint8)
+            data[piece.offset : piece.offset + run.numel()] = run
+        filled.append(data.numpy().tobytes())
+    return filled
+
+
+def manifest_of(version: int, *, partial: bool = False) -> Manifest:
+    return Manifest(version=version, tensors=WEIGHTS, partial=partial, bucket_bytes=BUCKET_BYTES)
+
+
+class FakeStaging:
+    """A staged copy in lists; `fails` names the step that raises, once."""
+
+    nbytes = sum(spec.nbytes for spec in WEIGHTS)
+    takes = None
+
+    def __init__(self, target: FakeTarget, fails: str | None) -> None:
+        self._target = target
+        self._fails = fails
+        self.staged = [torch.full(spec.shape, float("nan")) for spec in WEIGHTS]
+        self.discarded = False
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._fail("write")
+        assert not self.discarded
+        self.staged[tensor][start : start + data.numel()] = data
+
+    def seal(self) -> None:
+        self._fail("seal")
+
+    def commit(self) -> None:
+        assert not self.discarded
+        self._target.live[0] = self.staged[0].clone()
+        self._fail("commit")
+        self._target.live[1] = self.staged[1].clone()
+
+    def proof(self) -> dict[str, str]:
+        self._fail("proof")
+        return {spec.name: "read back" for spec in WEIGHTS}
+
+    def discard(self) -> None:
+        self.discarded = True
+
+    def _fail(self, step: str) -> None:
+        if self._fails == step:
+            raise RuntimeError(f"{step} broke")
+
+
+class FakeTarget:
+    """A model of two tensors. `fails` is what the next staging breaks at; `known` and `free` refuse what they must."""
+
+    def __init__(self) -> None:
+        self.live = values(OLD)
+        self.fails: str | None = None
+        self.known = True
+        self.free = 1 << 20
+        self.stagings: list[FakeStaging] = []
+
+    def prepare(self, manifest: Manifest) -> FakeStaging:
+        if not self.known:
+            raise UnknownTensor("no such tensor")
+        self.stagings.append(FakeStaging(self, self.fails))
+        return self.stagings[-1]
+
+    def room(self) -> int:
+        return self.free
+
+    def holds(self, seed: int) -> bool:
+        return all(torch.equal(a, b) for a, b in zip(self.live, values(seed), strict=True))
+
+
+def make(target: FakeTarget, fetch: Any = None, clock: Callable[[], float] = lambda: 0.0) -> Receiver:
+    return Receiver(target, fetch or no_fetch, clock=clock, background=False)
+
+
+def no_fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+    raise TransportError(f"nothing is at {address} for {arrivals.update}")
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """What goes wrong here goes wrong on purpose, thousands of times."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+class Updates(RuleBasedStateMachine):
+    """Calls in any order, with a model of what must be live beside them.
+
+    A version's weights are those of its own number as a seed, so what is live tells which update it came from.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1_000_000.0
+        self.target = FakeTarget()
+        self.receiver = Receiver(self.target, self._fetch, clock=lambda: self.now, background=False)
+        self.ids = (f"{n:032x}" for n in itertools.count())
+        self.used: list[str] = ["never"]
+        self.ended: dict[str, str] = {}
+        # What the model says: the version served, whether poisoned, and the update held.
+        self.version: int | None = None
+        self.poisoned = False
+        self.held: str | None = None
+        self.manifest: Manifest | None = None
+        self.fails: str | None = None
+        self.spoiled = False
+        self.arrived: set[int] = set()
+        self.sealed = False
+        self.torn = False
+        self.expires = 0.0
+
+    # -- what a trainer may call, in any order --------------------------------------------------------------------
+
+    @rule(
+        step=st.integers(-1, 2),
+        partial=st.booleans(),
+        fails=st.sampled_from([None, None, None, "write", "seal", "commit", "proof"]),
+        refuse=st.sampled_from([None, None, None, "unknown", "room"]),
+    )
+    def begin(self, step: int, partial: bool, fails: str | None, refuse: str | None) -> None:
+        version = max((-1 if self.version is None else self.version) + step, 0)
+        self.target.fails, self.target.known = fails, refuse != "unknown"
+        self.target.free = 0 if refuse == "room" else 1 << 20
+        id, manifest = next(self.ids), manifest_of(version, partial=partial)
+        self.used.append(id)
+        self._expire()
+        expected: type[WeightwireError] | None = None
+        if self.held is not None:
+            expected = BusyError
+        elif self.version is not None and version <= self.version:
+            expected = VersionError
+        elif self.poisoned and partial:
+            expected = PoisonedError
+        elif refuse is not None:
+            expected = UnknownTensor if refuse == "unknown" else RoomError
+        error = self._call("begin", id=id, manifest=msgspec.to_builtins(manifest), holder="t", lease=LEASE)
+        assert expected is None if error is None else type(error) is expected, error
+        if isinstance(error, BusyError):
+            assert error.details == {"holder": "t", "until": self.expires}
+        if error is None:
+            self.held, self.manifest, self.fails, self.expires = id, manifest, fails, self.now + LEASE
+            self.spoiled, self.sealed, self.arrived = False, False, set()
+
+    @rule(
+        data=st.data(), index=st.integers(-1, 2), how=st.sampled_from(["right", "right", "right", "flipped", "short"])
+    )
+    def put(self, data: st.DataObject, index: int, how: str) -> None:
+        id = self._some_id(data)
+        manifest = self.manifest or manifest_of(0)
+        body = bytearray(bodies(manifest, manifest.version)[max(min(index, 1), 0)])
+        if how == "flipped":
+            body[7] ^= 1
+        if how == "short":
+            del body[-1]
+        self._expire()
+        error = self._call("put", body=bytes(body), id=id, index=index)
+        if id != self.held:
+            self._is_not_found(error, id)
+        elif self.spoiled or self.sealed or index not in (0, 1) or how == "short":
+            assert error is not None
+        elif error is None:
+            self.expires = self.now + LEASE
+            self._arrive(index, how)
+
+    @rule(data=st.data(), address=st.sampled_from(["good", "good", "flipped", "nowhere", "halfway", ""]))
+    def stage(self, data: st.DataObject, address: str) -> None:
+        id = self._some_id(data)
+        self._expire()
+        error = self._call("stage", id=id, address=address)
+        if id != self.held:
+            self._is_not_found(error, id)
+            return
+        assert (error is not None) == (self.spoiled or self.sealed)
+        if error is None:
+            self.expires = self.now + LEASE
+            for index in {"good": [0, 1], "flipped": [0, 1], "halfway": [0]}.get(address, []):
+                self._arrive(index, "flipped" if (address, index) == ("flipped", 1) else "right")
+            self.spoiled |= address in ("nowhere", "halfway", "")
+
+    @rule(data=st.data(), how=st.sampled_from(["right", "right", "right", "wrong", "few", "none"]))
+    def seal(self, data: st.DataObject, how: str) -> None:
+        id = self._some_id(data)
+        sent = digests((self.manifest or manifest_of(0)).version)
+        sent = {"right": sent, "wrong": sent[::-1], "few": sent[:1], "none": []}[how]
+        self._expire()
+        error = self._call("seal", id=id, digests=sent)
+        if id != self.held:
+            self._is_not_found(error, id)
+            return
+        good = not (self.spoiled or self.sealed or self.torn) and self.arrived == {0, 1} and how == "right"
+        assert (error is None) == good, error
+        if error is None:
+            self.expires = self.now + LEASE
+            self.spoiled = self.fails == "seal"
+            self.sealed = not self.spoiled
+
+    @rule(data=st.data())
+    def commit(self, data: st.DataObject) -> None:
+        id = self._some_id(data)
+        self._expire()
+        error = self._call("commit", id=id)
+        if id != self.held:
+            self._is_not_found(error, id)
+            return
+        assert self.manifest is not None
+        if not self.sealed:
+            assert isinstance(error, StateError)
+        elif self.poisoned and self.manifest.partial:
+            assert isinstance(error, PoisonedError)
+        elif self.fails == "commit":
+            assert isinstance(error, PoisonedError)
+            self.poisoned = True
+            self._end("its commit failed")
+        else:
+            assert error is None
+            assert self.version is None or self.manifest.version > self.version
+            # A proof that fails poisons after the fact.
+            self.version, self.poisoned = self.manifest.version, self.fails == "proof"
+            self._end("it was committed")
+            proof = self._call("proof", id=id)
+            assert (proof is None) == (self.fails != "proof")
+
+    @rule(data=st.data())
+    def poll(self, data: st.DataObject) -> None:
+        id = self._some_id(data)
+        self._expire()
+        error = self._call("poll", id=id)
+        if id != self.held:
+            self._is_not_found(error, id)
+        else:
+            assert (error is not None) == self.spoiled
+
+    @rule(data=st.data())
+    def proof(self, data: st.DataObject) -> None:
+        self._call("proof", id=self._some_id(data))
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        id = self._some_id(data)
+        self._expire()
+        assert self._call("abort", id=id, reason="enough") is None
+        if id == self.held:
+            self._end("enough")
+
+    # -- what happens beside ---------------------------------------------------------------------------------------
+
+    @rule(seconds=st.sampled_from([0.1, LEASE / 2, LEASE, 3 * LEASE]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def another_rank_poisons(self) -> None:
+        self._call("poison", reason="rank 1 failed")
+        self.poisoned = True
+
+    @rule(op=st.sampled_from(CALLS), arguments=st.binary(max_size=20))
+    def nonsense(self, op: str, arguments: bytes) -> None:
+        assert "error" in msgspec.msgpack.decode(self.receiver.handle(op, b"\xc1" + arguments))
+
+    # -- what must hold --------------------------------------------------------------------------------------------
+
+    @invariant()
+    def live_is_what_was_last_committed(self) -> None:
+        if not (self.poisoned and self.target.stagings and self._half_committed()):
+            assert self.target.holds(OLD if self.version is None else self.version)
+
+    @invariant()
+    def status_is_what_the_model_says(self) -> None:
+        self._expire()
+        status = self.receiver.status()
+        assert status["version"] == self.version
+        assert (status["poisoned"] is not None) == self.poisoned
+        assert (status["update"] or {}).get("id") == self.held
+        state = "poisoned" if self.poisoned else "idle"
+        assert status["state"] == (state if self.held is None else "sealed" if self.sealed else "staging")
+
+    @invariant()
+    def what_has_ended_is_let_go(self) -> None:
+        held = self.receiver._update
+        assert all(s.discarded for s in self.target.stagings if held is None or s is not held.staging)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _call(self, op: str, *, body: bytes | None = None, **arguments: Any) -> WeightwireError | None:
+        try:
+            decode_reply(self.receiver.handle(op, encode_call(**arguments), body))
+        except WeightwireError as error:
+            return error
+        return None
+
+    def _fetch(self, address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+        manifest = self.manifest
+        assert manifest is not None
+        for index, body in enumerate(bodies(manifest, manifest.version)):
+            data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
+            if address not in ("good", "flipped") and (address, index) != ("halfway", 0):
+                raise TransportError(f"lost at {address}")
+            if (address, index) == ("flipped", 1):
+                data[7] ^= 1
+            yield index, data
+
+    def _arrive(self, index: int, how: str) -> None:
+        if index in self.arrived or self.spoiled:
+            return
+        if self.fails == "write":
+            self.spoiled = True
+            return
+        self.arrived.add(index)
+        self.torn = (self.torn if len(self.arrived) > 1 else False) or how == "flipped"
+
+    def _some_id(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(self.used)) if self.held is None or data.draw(st.booleans()) else self.held
+
+    def _end(self, reason: str) -> None:
+        assert self.held is not None
+        self.ended[self.held] = reason
+        self.held = self.manifest = None
+        self.sealed = self.torn = False
+
+    def _expire(self) -> None:
+        if self.held is not None and self.now >= self.expires:
+            self._end("its lease ended: nothing was heard of t for 10 s")
+
+    def _is_not_found(self, error: WeightwireError | None, id: str) -> None:
+        assert isinstance(error, UpdateNotFound)
+        assert self.ended.get(id, "it was never begun here") in error.message
+
+    def _half_committed(self) -> bool:
+        return any(staging._fails == "commit" for staging in self.target.stagings)
+
+
+Updates.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+test_calls_in_any_order = Updates.TestCase
+
+
+# -- what a machine that stays within the protocol does not try ----------------------------------------------------
+
+
+def sealed(receiver: Receiver, version: int, *, id: str = "u", seed: int | None = None, partial: bool = False) -> None:
+    """Take an update as far as `sealed`."""
+    manifest = manifest_of(version, partial=partial)
+    seed = version if seed is None else seed
+    receiver.begin(id, manifest, "trainer", LEASE)
+    for index, body in enumerate(bodies(manifest, seed)):
+        receiver.put(id, index, body)
+    receiver.seal(id, digests(seed))
+    assert receiver.state == "sealed"
+
+
+@given(op=st.sampled_from(CALLS) | st.text(), arguments=st.binary(), body=st.none() | st.binary())
+@settings(max_examples=500)
+def test_random_bytes_are_answered_and_never_raised(op: str, arguments: bytes, body: bytes | None) -> None:
+    target = FakeTarget()
+    answer = msgspec.msgpack.decode(make(target).handle(op, arguments, body))
+    assert answer.keys() in ({"ok"}, {"error"})
+    assert target.holds(OLD)
+
+
+plain = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+names = st.sampled_from(
+    ["id", "manifest", "holder", "lease", "address", "index", "digests", "hold", "reason", "offers"]
+)
+
+
+@given(
+    calls=st.lists(
+        st.tuples(st.sampled_from(CALLS), st.dictionaries(names, plain | st.just("u"), max_size=4)), max_size=6
+    )
+)
+@settings(max_examples=200)
+def test_arguments_of_any_type_are_answered_and_never_raised(calls: list[tuple[str, dict[str, Any]]]) -> None:
+    target = FakeTarget()
+    receiver = make(target)
+    sealed(receiver, 1)
+    committed = False
+    for op, arguments in calls:
+        answer = msgspec.msgpack.decode(receiver.handle(op, encode_call(**arguments)))
+        assert answer.keys() in ({"ok"}, {"error"})
+        committed |= op == "commit" and "ok" in answer
+    assert target.holds(1 if committed else OLD)
+
+
+def test_an_unknown_operation_says_what_to_do() -> None:
+    with pytest.raises(StateError, match="Install the same weightwire on both sides"):
+        decode_reply(make(FakeTarget()).handle("promote", b"\x80"))
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        (lambda r, _: r.abort("u", "somebody asked"), "somebody asked"),
+        (lambda r, _: r.abort("u"), "it was aborted"),
+        (lambda r, _: r.commit("u"), "it was committed"),
+        (lambda _, clock: clock.append(LEASE), "its lease ended: nothing was heard of trainer for 10 s"),
+        (lambda r, _: r.close(), "the engine was closed"),
+    ],
+)
+def test_an_update_that_is_no_more_says_why(how: Any, reason: str) -> None:
+    clock = [0.0]
+    receiver = make(FakeTarget(), clock=lambda: clock[-1])
+    sealed(receiver, 1)
+    how(receiver, clock)
+    for call in (receiver.poll, receiver.commit, lambda id: receiver.seal(id, []), lambda id: receiver.put(id, 0, b"")):
+        with pytest.raises(UpdateNotFound, match=reason):
+            call("u")
+    receiver.abort("u")
+
+
+def test_only_the_last_endings_are_remembered() -> None:
+    receiver = make(FakeTarget())
+    for n in range(100):
+        receiver.begin(f"u{n}", manifest_of(1), "trainer", LEASE)
+        receiver.abort(f"u{n}")
+    with pytest.raises(UpdateNotFound, match="never begun"):
+        receiver.poll("u0")
+    with pytest.raises(UpdateNotFound, match="aborted"):
+        receiver.poll("u99")
+
+
+def test_every_bucket_renews_the_lease_and_asking_does_not() -> None:
+    now = [0.0]
+    receiver = make(FakeTarget(), clock=lambda: now[0])
+    receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    first, second = bodies(manifest_of(1), 1)
+    now[0] = 9.0
+    receiver.put("u", 0, first)
+    now[0] = 18.0
+    receiver.put("u", 1, second)
+    now[0] = 27.0
+    receiver.seal("u", digests(1))
+    now[0] = 36.0
+    receiver.poll("u")
+    now[0] = 37.0
+    with pytest.raises(UpdateNotFound, match="its lease ended"):
+        receiver.poll("u")
+
+
+def test_a_commit_under_way_holds_the_lease() -> None:
+    now = [0.0]
+    receiver = make(target := FakeTarget(), clock=lambda: now[0])
+    sealed(receiver, 1)
+    receiver.poll("u", hold=100.0)
+    now[0] = 99.0
+    receiver.commit("u")
+    assert target.holds(1)
+
+
+def test_a_bucket_sent_twice_is_taken_once() -> None:
+    receiver = make(target := FakeTarget())
+    receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    for index in (1, 0, 1, 0, 0):
+        receiver.put("u", index, bodies(manifest_of(1), 1)[index])
+    receiver.seal("u", digests(1))
+    assert receiver.commit("u")["digests"] == dict(zip(("wide", "small"), digests(1), strict=True))
+    assert target.holds(1)
+
+
+def test_a_partial_update_begun_before_a_poisoning_cannot_heal_it() -> None:
+    receiver = make(target := FakeTarget())
+    sealed(receiver, 1, partial=True)
+    receiver.poison("rank 1 failed")
+    with pytest.raises(PoisonedError, match="cannot heal"):
+        receiver.commit("u")
+    assert target.holds(OLD)
+    receiver.abort("u")
+    sealed(receiver, 1, id="v")
+    receiver.commit("v")
+    assert receiver.state == "idle"
+    assert target.holds(1)
+
+
+def test_what_is_live_and_not_what_was_staged_poisons() -> None:
+    target = FakeTarget()
+    target.fails = "proof"
+    receiver = make(target)
+    sealed(receiver, 1)
+    receiver.commit("u")
+    assert receiver.state == "poisoned"
+    with pytest.raises(RuntimeError, match="proof broke"):
+        receiver.proof("u")
+    assert "could not be verified" in str(receiver.status()["poisoned"])
+
+
+def test_a_receiver_with_threads_of_its_own_leaves_none(no_threads_left: None) -> None:
+    target = FakeTarget()
+    receiver = Receiver(target, no_fetch)
+    for version in range(3):
+        receiver.begin("u", manifest_of(version), "trainer", LEASE)
+        for index, body in enumerate(bodies(manifest_of(version), version)):
+            receiver.put("u", index, body)
+        _settle(receiver)
+        receiver.seal("u", digests(version))
+        _settle(receiver)
+        receiver.commit("u")
+        assert target.holds(version)
+    receiver.begin("v", manifest_of(9), "trainer", LEASE)
+    receiver.close()
+    assert all(staging.discarded for staging in target.stagings)
+
+
+def _settle(receiver: Receiver) -> None:
+    deadline = time.monotonic() + 60
+    while receiver.poll("u")["busy"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)

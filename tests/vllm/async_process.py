@@ -1,0 +1,72 @@
+"""Run as a script: an `AsyncLLM` of this process, updated from a thread while it streams.
+
+    python async_process.py FOLDER
+
+Prints one line of JSON: the receipt, and what was generated before, meanwhile and after.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from vllm import SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+import models
+from reference import apart, logprobs
+
+import weightwire as ww
+
+PROMPT = [10, 20, 30, 40]
+
+
+async def generate(engine: AsyncLLM, tokens: int, started: asyncio.Event | None = None) -> dict[str, Any]:
+    sampling = SamplingParams(
+        temperature=0, max_tokens=tokens, logprobs=0, ignore_eos=True, output_kind=RequestOutputKind.CUMULATIVE
+    )
+    last: Any = None
+    async for output in engine.generate({"prompt_token_ids": PROMPT}, sampling, request_id=f"r{id(sampling)}"):
+        last = output.outputs[0]
+        if started is not None:
+            started.set()
+    said = [next(iter(step.values())).logprob for step in last.logprobs]
+    return {"tokens": list(last.token_ids), "logprobs": said, "versions": [s.version for s in last.weight_versions]}
+
+
+async def main(folder: Path) -> None:
+    first, second = (models.new_model("llama", tied=False, seed=seed) for seed in (1, 2))
+    models.save(first, folder / "first")
+    arguments = AsyncEngineArgs(str(folder / "first"), dtype="float32", enforce_eager=True, max_model_len=256)
+    engine = AsyncLLM.from_engine_args(arguments)
+    results: dict[str, Any] = {}
+    engines = ww.connect(engine)
+    try:
+        with ww.Publisher(second, engines) as publisher:
+            try:
+                publisher.publish(1)
+            except ww.UsageError as error:
+                results["on the loop"] = str(error)
+            started = asyncio.Event()
+            streaming = asyncio.create_task(generate(engine, 200, started))
+            await started.wait()
+            receipt = await asyncio.to_thread(publisher.publish, 1)
+            results["meanwhile"] = (await streaming)["versions"]
+        after = await generate(engine, 10)
+        results["apart"] = apart(after["logprobs"], logprobs(second, PROMPT, after["tokens"]))
+        results["after"] = after["versions"]
+        results["receipt"] = str(receipt)
+    finally:
+        engine.shutdown()
+    print("\n" + json.dumps(results))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1])))

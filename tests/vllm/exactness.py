@@ -1,0 +1,88 @@
+"""Run as a script: two stock engines, one of which is updated to what the other was loaded with, and back.
+
+    python exactness.py FAMILY TIED DTYPE TENSOR_PARALLEL LORA PARTS FOLDER
+
+Prints one line of JSON: what each engine generated before and after, and the receipts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm import LLM, SamplingParams
+
+sys.path.insert(0, str(Path(__file__).parent))
+import models
+
+import weightwire as ww
+
+PROMPTS = ["hello world", "abc", "the quick brown fox jumps over"]
+
+
+def start(path: Path, dtype: str, tensor_parallel: int, lora: bool) -> LLM:
+    return LLM(
+        str(path),
+        dtype=dtype,
+        tensor_parallel_size=tensor_parallel,
+        enable_lora=lora,
+        enforce_eager=True,
+        max_model_len=128,
+        max_num_seqs=8,
+        seed=0,
+    )
+
+
+def generate(llm: LLM) -> list[dict[str, Any]]:
+    sampling = SamplingParams(temperature=0, max_tokens=10, logprobs=2, ignore_eos=True)
+    return [
+        {
+            "tokens": list(output.outputs[0].token_ids),
+            "logprobs": [{k: v.logprob for k, v in step.items()} for step in output.outputs[0].logprobs],
+            "versions": [span.version for span in output.outputs[0].weight_versions or ()],
+        }
+        for output in llm.generate(PROMPTS, sampling, use_tqdm=False)
+    ]
+
+
+def main(family: str, tied: str, dtype: str, tensor_parallel: str, lora: str, parts: str, folder: str) -> None:
+    first = models.new_model(family, tied=tied == "tied", seed=1)
+    second = models.new_model(family, tied=tied == "tied", seed=2)
+    paths = [models.save(model, Path(folder) / name) for model, name in ((first, "first"), (second, "second"))]
+    results: dict[str, Any] = {}
+    llm = start(paths[0], dtype, int(tensor_parallel), lora == "lora")
+    engines = ww.connect(llm)
+    results["first loaded"] = generate(llm)
+    results["second published"], results["receipt"] = published(llm, engines, second, 1)
+    if parts == "parts":
+        # A few tensors of the first model on top of the second, some of them parts of a fused parameter.
+        part = {n: t for n, t in first.state_dict().items() if "q_proj" in n or "up_proj" in n or "norm.weight" in n}
+        results["part published"], results["partial receipt"] = published(llm, engines, part, 2, partial=True)
+        mixed = models.new_model(family, tied=tied == "tied", seed=2)
+        mixed.load_state_dict(part, strict=False)
+        paths.append(models.save(mixed, Path(folder) / "mixed"))
+    results["first published"], _ = published(llm, engines, first, 3)
+    llm.llm_engine.engine_core.shutdown()
+    del llm, engines
+    for name, path in zip(("second loaded", "part loaded"), paths[1:], strict=False):
+        fresh = start(path, dtype, int(tensor_parallel), lora == "lora")
+        results[name] = generate(fresh)
+        fresh.llm_engine.engine_core.shutdown()
+        del fresh
+    print("\n" + json.dumps(results))
+
+
+def published(llm: LLM, engines: Any, source: Any, version: int, **how: Any) -> tuple[Any, Any]:
+    with ww.Publisher(source, engines) as publisher:
+        receipt = publisher.publish(version, deadline=300, **how)
+    engine = next(iter(receipt.engines.values()))
+    return generate(llm), {"proven": engine.proven, "parameters": engine.parameters, "version": engine.version}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,61 @@
+"""Tiny random models of several families, with a character tokenizer, made locally."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+VOCAB = ["<pad>", "<eos>", "<unk>", *string.printable]
+_COMMON = {
+    "vocab_size": len(VOCAB),
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+}
+_EXTRA = {
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "gemma": {"architectures": ["GemmaForCausalLM"]},
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+}
+
+
+def new_model(family: str, *, tied: bool, seed: int) -> PreTrainedModel:
+    """A float32 model with random weights, large enough that outputs depend on all of them."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **_COMMON, **_EXTRA[family], tie_word_embeddings=tied)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0, 0.08) if parameter.dim() > 1 else parameter.add_(torch.randn_like(parameter) * 0.1)
+            assert name
+    return model.eval()
+
+
+def save(model: PreTrainedModel, path: Path) -> Path:
+    """A checkpoint folder that vLLM can load."""
+    model.save_pretrained(path)
+    vocab = {token: number for number, token in enumerate(VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
+    return path

@@ -1,0 +1,61 @@
+"""After an update an engine is, token for token and logprob for logprob, one that was started with those weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import weightwire as ww
+from conftest import run_script, serving
+
+CASES = [
+    # family, tied embeddings, engine dtype (the trainer is always float32), tensor parallel, LoRA enabled, and whether
+    # a partial update is compared as well, which takes one engine more
+    ("qwen3", "tied", "bfloat16", 1, "no", "parts"),
+    ("qwen3", "untied", "float32", 1, "lora", "whole"),
+    ("llama", "untied", "bfloat16", 1, "no", "whole"),
+    ("gemma", "tied", "bfloat16", 1, "no", "whole"),
+    ("llama", "tied", "float32", 2, "lora", "parts"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_an_updated_engine_equals_a_fresh_one(case: tuple[object, ...], tmp_path: Path) -> None:
+    results = run_script("exactness.py", *case, tmp_path, folder=tmp_path, seconds=850)
+
+    def outputs(name: str) -> list[object]:
+        return [(output["tokens"], output["logprobs"]) for output in results[name]]
+
+    assert outputs("second published") == outputs("second loaded")
+    assert outputs("first published") == outputs("first loaded") != outputs("second loaded")
+    assert {v for output in results["second published"] for v in output["versions"]} == {"1"}
+    assert set(results["receipt"]["proven"].values()) == {"asked", "read back"}
+    if "parts" in case:
+        assert outputs("part published") == outputs("part loaded") != outputs("second loaded")
+        assert 0 < results["partial receipt"]["parameters"] < results["receipt"]["parameters"]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpcore, of a socket nobody answers
+def test_a_mixture_of_experts_is_refused_by_name_before_anything_changes(tmp_path: Path) -> None:
+    # On a Unix socket, where no token is needed: what refuses is the layout, at the end of the way.
+    import models
+
+    model = models.new_model("qwen3_moe", tied=False, seed=1)
+    models.save(model, tmp_path / "moe")
+    with serving(tmp_path / "moe", tmp_path, "--dtype", "float32", uds=tmp_path / "socket") as server:
+        before = server.generate([10, 11, 12])
+        with server.engines() as engines, ww.Publisher(model, engines) as publisher:
+            with pytest.raises(ww.UnsupportedError, match="experts"):
+                publisher.publish(1)
+            status = engines[0].status()
+        assert (status.version, status.state) == (None, "idle")
+        assert server.generate([10, 11, 12]) == before
+
+
+def test_an_async_engine_of_this_process_is_updated_while_it_streams(tmp_path: Path) -> None:
+    results = run_script("async_process.py", tmp_path, folder=tmp_path, seconds=600)
+    assert "asyncio.to_thread" in results["on the loop"]
+    assert results["meanwhile"] == ["default", "1"]
+    assert results["after"] == ["1"]
+    assert results["apart"] < 1e-3
