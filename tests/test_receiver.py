@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from weightwire.errors import (
     BusyError,
+    EngineError,
     PoisonedError,
     RoomError,
     StateError,
@@ -90,6 +92,7 @@ class FakeStaging:
         self._fails = fails
         self.staged = [torch.full(spec.shape, float("nan")) for spec in WEIGHTS]
         self.discarded = False
+        self.unchecked = 3
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._fail("write")
@@ -99,8 +102,15 @@ class FakeStaging:
     def seal(self) -> None:
         self._fail("seal")
 
+    def check(self, seconds: float) -> bool:
+        # As an engine whose own thread does a little of the work at a time.
+        self._fail("check")
+        self.unchecked -= 1
+        return self.unchecked <= 0
+
     def commit(self) -> None:
         assert not self.discarded
+        assert self.unchecked <= 0
         self._target.live[0] = self.staged[0].clone()
         self._fail("commit")
         self._target.live[1] = self.staged[1].clone()
@@ -578,6 +588,47 @@ def test_a_receiver_with_threads_of_its_own_leaves_none(no_threads_left: None) -
     receiver.begin("v", manifest_of(9), "trainer", LEASE)
     receiver.close()
     assert all(staging.discarded for staging in target.stagings)
+
+
+def test_sealed_only_when_the_engines_own_thread_has_checked_all_of_it() -> None:
+    target = FakeTarget()
+    receiver = Receiver(target, no_fetch)
+    threads: set[str] = set()
+    receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    staging = target.stagings[-1]
+    staging.unchecked = 10**6
+    check = staging.check
+    staging.check = lambda seconds: (threads.add(threading.current_thread().name), check(seconds))[1]  # type: ignore[method-assign]
+    for index, body in enumerate(bodies(manifest_of(1), 1)):
+        receiver.put("u", index, body)
+    deadline = time.monotonic() + 60
+    while receiver.poll("u")["received"] < len(bodies(manifest_of(1), 1)):
+        assert time.monotonic() < deadline
+    receiver.seal("u", digests(1))
+    for _ in range(50):
+        assert receiver.poll("u", linger=0.01)["busy"]
+        with pytest.raises(StateError):
+            receiver.commit("u")
+    staging.unchecked = 1
+    _settle(receiver)
+    assert receiver.state == "sealed"
+    assert threads == {threading.current_thread().name}
+    receiver.commit("u")
+    receiver.close()
+
+
+def test_a_failed_check_ends_the_update_and_changes_nothing() -> None:
+    target = FakeTarget()
+    receiver = make(target)
+    target.fails = "check"
+    receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    for index, body in enumerate(bodies(manifest_of(1), 1)):
+        receiver.put("u", index, body)
+    receiver.seal("u", digests(1))
+    with pytest.raises(EngineError, match="check broke"):
+        receiver.poll("u")
+    assert target.holds(OLD)
+    assert receiver.status()["poisoned"] is None
 
 
 def _settle(receiver: Receiver) -> None:

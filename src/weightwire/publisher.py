@@ -206,6 +206,7 @@ class _Run:
         self._begun: dict[str, Begun] = {}
         self._senders: list[Sender] = []
         self._stages: list[Future[None]] = []
+        self._order: list[int] = []
         self._committing = False
         self._done = False
 
@@ -214,9 +215,12 @@ class _Run:
         specs = tuple(self._everywhere(self._source.metadata))
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
+        # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it
+        # does for the last one is waited for.
+        self._order = sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= self._publisher._bucket_bytes)
         draft = Manifest(
             version=version,
-            tensors=specs,
+            tensors=tuple(specs[n] for n in self._order),
             aliases=dict(self._source.aliases),
             partial=partial,
             finite=finite,
@@ -319,7 +323,7 @@ class _Run:
 
     def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
         try:
-            return self._source.read(tensor, start, out)
+            return self._source.read(self._order[tensor], start, out)
         except WeightwireError:
             raise
         except Exception as error:

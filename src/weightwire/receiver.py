@@ -11,11 +11,12 @@ takes long (fetching, verifying, packing, reading back) runs on one thread of th
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +46,9 @@ __all__ = ["Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
+_MAX_LINGER = 0.05
+_CHECK_SECONDS = 0.005  # at most, between two model steps
+
 
 class Staging(Protocol):
     """One update's staged copy, made by a `Target`. Live weights change in `commit` and nowhere else."""
@@ -62,6 +66,10 @@ class Staging(Protocol):
 
     def seal(self) -> None:
         """Everything has arrived and is what was sent: make ready all that `commit` needs."""
+
+    def check(self, seconds: float) -> bool:
+        """Do, for about `seconds`, what of making ready only the engine's own thread may do; True when nothing is left
+        of it. Called there, between two model steps, while buckets arrive and after `seal`."""
 
     def commit(self) -> None:
         """Make it live. Called on the engine's own thread, between two model steps, with generation paused."""
@@ -114,6 +122,7 @@ class _Update:
     received: set[int] = field(default_factory=set)
     jobs: list[Future[None]] = field(default_factory=list)
     error: WeightwireError | None = None
+    ready: bool = False
     sealed: bool = False
     transport: str = "http"
     seconds: dict[str, float] = field(default_factory=dict)
@@ -241,16 +250,23 @@ class Receiver:
             data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
             self._start(update, "stage", lambda: self._take(update, index, data))
 
-    def poll(self, id: str, hold: float = 0.0) -> dict[str, Any]:
+    def poll(self, id: str, hold: float = 0.0, linger: float = 0.0) -> dict[str, Any]:
         """How far the long work of this update is; raises what ended it. No sign of life: it does not renew, but the
-        lease lasts for another `hold` seconds at least."""
+        lease lasts for another `hold` seconds at least. While there is work it answers up to `linger` seconds later,
+        for callers that know that the engine has nothing to generate meanwhile. It also does the engine's own thread's
+        part of the work, a little at each call."""
+        with self._lock:
+            jobs = self._held(id).jobs
+        wait(jobs, timeout=min(linger, _MAX_LINGER))
         with self._lock:
             update = self._held(id)
             update.expires = max(update.expires, self._clock() + hold)
+            if update.error is None and not update.sealed:
+                self._check(update, max(linger, _CHECK_SECONDS))
             if update.error is not None:
                 raise update.error
             return {
-                "busy": any(not job.done() for job in update.jobs),
+                "busy": any(not job.done() for job in update.jobs) or update.ready != update.sealed,
                 "received": len(update.received),
                 "buckets": len(update.buckets),
                 "state": self.state,
@@ -292,6 +308,8 @@ class Receiver:
                         next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
                     )
             self._start(update, "seal", lambda: self._make_ready(update))
+            while not self._background and update.ready and not update.sealed and update.error is None:
+                self._check(update, _CHECK_SECONDS)
 
     def commit(self, id: str) -> dict[str, Any]:
         """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank."""
@@ -438,7 +456,16 @@ class Receiver:
     def _make_ready(self, update: _Update) -> None:
         update.staging.seal()
         with self._lock:
-            update.sealed = True
+            update.ready = True
+
+    def _check(self, update: _Update, seconds: float) -> None:
+        # Asked before: what is made ready while the check runs may not have been in it.
+        ready = update.ready
+        with _noting_errors(update, self._rank):
+            started = time.perf_counter()
+            nothing_left = update.staging.check(seconds)
+            update.seconds["seal"] += time.perf_counter() - started
+            update.sealed = ready and nothing_left
 
     def _prove(self, update: _Update) -> dict[str, Proof]:
         try:
@@ -458,17 +485,10 @@ class Receiver:
         def run() -> None:
             if update.cancelled.is_set() or update.error is not None:
                 return
-            started = time.perf_counter()
-            try:
+            with _noting_errors(update, self._rank):
+                started = time.perf_counter()
                 work()
                 update.seconds[phase] += time.perf_counter() - started
-            except WeightwireError as error:
-                update.error = error
-            except MemoryError:
-                update.error = RoomError("the engine ran out of memory while staging")
-            except Exception as error:
-                logger.exception("weightwire: update %s", update.id)
-                update.error = EngineError(f"rank {self._rank} failed while staging: {error!r}")
 
         update.jobs = [job for job in update.jobs if not job.done()]
         update.jobs.append(self._submit(run))
@@ -523,6 +543,20 @@ class Receiver:
         self._ended[id] = reason
         while len(self._ended) > 64:
             del self._ended[next(iter(self._ended))]
+
+
+@contextlib.contextmanager
+def _noting_errors(update: _Update, rank: int) -> Iterator[None]:
+    """What ends an update's work is kept, and raised by the next call that asks after it."""
+    try:
+        yield
+    except WeightwireError as error:
+        update.error = error
+    except MemoryError:
+        update.error = RoomError("the engine ran out of memory while staging")
+    except Exception as error:
+        logger.exception("weightwire: update %s", update.id)
+        update.error = EngineError(f"rank {rank} failed while staging: {error!r}")
 
 
 def encode_call(**arguments: Any) -> bytes:

@@ -83,6 +83,9 @@ class Staged:
     def seal(self) -> None:
         self._break("seal")
 
+    def check(self, seconds: float) -> bool:
+        return True
+
     def commit(self) -> None:
         self._break("commit")
         self._rank.live.copy_(self._staged)
@@ -104,6 +107,7 @@ class FakeHost:
 
     name = "fake"
     model = "a model"
+    idle = False
 
     def __init__(self, ranks: int) -> None:
         self.ranks = [Rank() for _ in range(ranks)]

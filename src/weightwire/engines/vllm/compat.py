@@ -24,6 +24,7 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "AsyncLLM.resume_generation",
         "AsyncLLM.errored",
     ),
+    "vllm.v1.engine.output_processor": ("OutputProcessor.get_num_unfinished_requests",),
     "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.collective_rpc", "LLMEngine.reset_prefix_cache"),
     "vllm.plugins.endpoint_plugins.interface": ("EndpointPlugin",),
 }

@@ -25,6 +25,12 @@ class AsyncHost:
         self.model = str(engine.model_config.model)
         self.refusal: str | None = None
 
+    @property
+    def idle(self) -> bool:
+        # Of several API servers each knows only its own requests.
+        alone = getattr(self._engine.engine_core, "client_count", 1) == 1
+        return alone and self._engine.output_processor.get_num_unfinished_requests() == 0
+
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
         # question. Control keeps the deadline; here the processes are watched, which vLLM's own call does not do.
@@ -80,6 +86,7 @@ class SyncHost:
         self._engine = llm.llm_engine
         self.name = name
         self.model = str(llm.model_config.model)
+        self.idle = True
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         try:

@@ -22,7 +22,7 @@ from weightwire.updates.receipt import Proof
 __all__ = ["Slot", "find_slots"]
 
 _KNOWN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
-_ASKED_COLUMNS = 16
+_ASKED_COLUMNS = 4
 _READ_COLUMNS = 256
 
 
@@ -39,6 +39,7 @@ class Slot:
     _ready: dict[str, torch.Tensor] = field(default_factory=dict)
     _scans: dict[str, Scan] = field(default_factory=dict)
     _attributes: dict[str, Any] = field(default_factory=dict)
+    _question: tuple[torch.nn.Module, list[int], torch.Tensor] | None = None
     _proof: Proof = "staged"
 
     @property
@@ -57,9 +58,9 @@ class Slot:
         ]
         return torch.cat(columns, dim=1)
 
-    def prepare(self, staged: Mapping[str, torch.Tensor]) -> None:
+    def prepare(self, staged: Mapping[str, torch.Tensor], *, finite: bool) -> None:
         """Make ready what `commit` needs, from this slot's parameters in `staged` (by model name). Off the live model:
-        a packing is made on a copy of the module's shell."""
+        a packing is made on a copy of the module's shell. `finite`: no element is known to be NaN or infinite."""
         values = {own: staged[name] for own, name in self.parameters.items() if name in staged}
         if not self.packs:
             self._ready = values
@@ -68,20 +69,14 @@ class Slot:
         layer: Any = self.module
         shell = _shell(layer, values)
         weight = values["weight"]
-        # Neighbours, from a random place on: each row's share of them is one cache line.
-        first = random.randrange(max(weight.shape[1] - _ASKED_COLUMNS, 0) + 1)
-        columns = list(range(first, min(first + _ASKED_COLUMNS, weight.shape[1])))
-        expected = weight[:, columns[0] : columns[-1] + 1].clone()
+        # With NaN or Inf, which somebody asked for, no product can be told from another.
+        if finite or bool(torch.isfinite(weight).all()):
+            # Neighbours, from a random place on: each row's share of them is one cache line.
+            first = random.randrange(max(weight.shape[1] - _ASKED_COLUMNS, 0) + 1)
+            columns = list(range(first, min(first + _ASKED_COLUMNS, weight.shape[1])))
+            self._question = (shell, columns, weight[:, columns[0] : columns[-1] + 1].clone())
         with torch.no_grad():
             layer.quant_method.process_weights_after_loading(shell)
-        if torch.equal(_ask(shell, columns), expected):
-            self._proof = "asked"
-        elif bool(torch.isfinite(weight).all()):
-            raise UnsupportedError(
-                f"the packing of {self.parameters['weight']} does not hold the weight it was made from",
-                next_step="This kernel cannot be updated exactly.",
-            )
-        # With NaN or Inf, which somebody asked for, no product can be told from another.
         before = self.module.__dict__
         self._attributes = {k: v for k, v in shell.__dict__.items() if k not in _TORCH and before.get(k) is not v}
         for own in values:
@@ -91,6 +86,20 @@ class Slot:
             if made.numel():
                 self._ready[own] = made
                 self._scans[own] = scan(made)
+
+    def ask(self) -> None:
+        """Raise if a packing made ready is not of the weight it was made from. On the engine's thread: vLLM's oneDNN
+        products share one scratchpad and one cache of primitives, so none may run beside those of a model step."""
+        if self._question is None:
+            return
+        shell, columns, expected = self._question
+        self._question = None
+        if not torch.equal(_ask(shell, columns), expected):
+            raise UnsupportedError(
+                f"the packing of {self.parameters['weight']} does not hold the weight it was made from",
+                next_step="This kernel cannot be updated exactly.",
+            )
+        self._proof = "asked"
 
     def commit(self) -> None:
         """Make it live. On the engine's thread, between two model steps."""

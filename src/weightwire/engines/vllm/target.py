@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections import Counter, deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import psutil
@@ -20,6 +21,8 @@ from weightwire.updates.receipt import Proof, weakest
 
 __all__ = ["VllmTarget"]
 
+_AHEAD = 1  # modules complete and not yet packed
+
 
 class VllmTarget:
     """One rank's model. The twin and the slots are made at the first update; a plan is kept while manifests agree."""
@@ -29,6 +32,9 @@ class VllmTarget:
         self._twin: torch.nn.Module | None = None
         self._slots: list[Slot] = []
         self._plan: tuple[object, Plan] | None = None
+        # One thread for as long as the target lives: malloc then hands each update the memory that the packings of
+        # the one before gave back, where a new thread would have it from the system, page by page.
+        self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
 
     def prepare(self, manifest: Manifest) -> _Staged:
         self._refuse_unsupported()
@@ -40,7 +46,7 @@ class VllmTarget:
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, copy_plan.record(self._twin, manifest))
         slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
-        return _Staged(manifest, self._plan[1], self._twin, slots)
+        return _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
 
     def room(self) -> int:
         # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
@@ -74,7 +80,14 @@ class _Staged:
     """The staged copy of one rank. A module is made ready, on a thread of its own, as soon as all of its parameters
     have arrived: its part of the staged copy becomes a packing while the next buckets are still on their way."""
 
-    def __init__(self, manifest: Manifest, plan: Plan, twin: torch.nn.Module, slots: list[Slot]) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        twin: torch.nn.Module,
+        slots: list[Slot],
+        packer: ThreadPoolExecutor,
+    ) -> None:
         self._manifest = manifest
         self._plan = plan
         self._twin = dict(twin.named_parameters())
@@ -91,8 +104,9 @@ class _Staged:
                 if getattr(torch, spec.dtype) != self._twin[copy.parameter].dtype:
                     self._cast.add(copy.parameter)
         self._waiting = list(self._slots)
-        self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
+        self._packer = packer
         self._ready: list[Future[None]] = []
+        self._unasked = deque[Slot]()
         if manifest.partial:
             self._keep_what_is_not_sent()
 
@@ -116,6 +130,9 @@ class _Staged:
         for slot in complete:
             self._waiting.remove(slot)
             self._ready.append(self._packer.submit(self._make_ready, slot))
+        # What is complete and not yet packed is the memory that goes beyond one staged copy: little of it at a time.
+        if len(self._ready) > _AHEAD:
+            wait([self._ready[-1 - _AHEAD]])
 
     def _make_ready(self, slot: Slot) -> None:
         names = set(slot.parameters.values())
@@ -126,12 +143,19 @@ class _Staged:
                     f"{name} is not finite in the engine's {self._staged[name].dtype}",
                     next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
                 )
-        slot.prepare(self._staged)
+        slot.prepare(self._staged, finite=self._manifest.finite and not self._manifest.partial)
+        self._unasked.append(slot)
         # A packed weight is needed no more once its last module has it, so that there is one staged copy, not two.
         for name in names:
             self._users[name] -= 1
             if not self._users[name]:
                 self._staged.pop(name, None)
+
+    def check(self, seconds: float) -> bool:
+        end = time.monotonic() + seconds
+        while self._unasked and time.monotonic() < end:
+            self._unasked.popleft().ask()
+        return not self._unasked
 
     def commit(self) -> None:
         for slot in self._slots:
@@ -141,8 +165,11 @@ class _Staged:
         return weakest(slot.proof() for slot in self._slots)
 
     def discard(self) -> None:
-        self._packer.shutdown(wait=True, cancel_futures=True)
+        for ready in self._ready:
+            ready.cancel()
+        wait(self._ready)
         self._staged.clear()
+        self._unasked.clear()
         self._slots.clear()
 
     def _allocate(self, name: str) -> None:
