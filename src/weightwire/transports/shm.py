@@ -150,10 +150,21 @@ def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple
     """Map each bucket in turn as its name appears. The names follow from the update's id, never from `address`."""
     if address != "shm:":
         raise UsageError(f"not an address of shared memory: {address[:80]!r}", next_step="It is `shm:` and no more.")
+    # The same two segments come again and again; mapping each anew would cost more than reading it.
+    mapped: dict[int, torch.Tensor] = {}
     try:
         for bucket in arrivals.buckets:
             path = _name(root, arrivals.update, bucket.index, arrivals.rank)
-            yield bucket.index, _map(path, bucket.nbytes, arrivals)
+            fd = _open(path, arrivals)
+            try:
+                inode = os.fstat(fd).st_ino
+                if inode not in mapped:
+                    mapped[inode] = _map(fd)
+            finally:
+                os.close(fd)
+            if mapped[inode].numel() < bucket.nbytes:
+                raise TransportError(f"a segment holds {mapped[inode].numel()} bytes, {bucket.nbytes} were announced")
+            yield bucket.index, mapped[inode][: bucket.nbytes]
             path.unlink(missing_ok=True)
     finally:
         if arrivals.cancelled.is_set():
@@ -167,26 +178,25 @@ def sweep(update: str, root: Path = ROOT) -> None:
             path.unlink(missing_ok=True)
 
 
-def _map(path: Path, nbytes: int, arrivals: Arrivals) -> torch.Tensor:
+def _open(path: Path, arrivals: Arrivals) -> int:
     silent_since = time.monotonic()
     pause = 0.0001
     while True:
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-            break
+            return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except FileNotFoundError:
             if arrivals.cancelled.wait(pause):
                 raise TransportError("the update was aborted while its buckets were being fetched") from None
             if time.monotonic() - silent_since > arrivals.lease:
                 raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s") from None
             pause = min(pause * 1.5, 0.0005)
-    try:
-        if os.fstat(fd).st_size < nbytes:
-            raise TransportError(f"a segment holds {os.fstat(fd).st_size} bytes, {nbytes} were announced")
-        # Private and writable, because torch warns of read-only memory; nothing ever writes to it.
-        return torch.frombuffer(mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY), dtype=torch.uint8)
-    finally:
-        os.close(fd)
+
+
+def _map(fd: int) -> torch.Tensor:
+    # Writable, because torch warns of read-only memory; nothing ever writes to it. Shared, because what the trainer
+    # writes later must be seen.
+    nbytes = os.fstat(fd).st_size
+    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
 
 
 def _name(root: Path, update: str, bucket: int, rank: int) -> Path:

@@ -47,6 +47,11 @@ class Slot:
         """Whether a kernel keeps a packing of this module's weight."""
         return "cpu_linear" in self.module.__dict__
 
+    @property
+    def packs_beside(self) -> bool:
+        """Whether the weight itself is kept beside the packing, as embeddings do."""
+        return self.packs and getattr(self.module, "weight").numel() > 0  # noqa: B009
+
     def current(self, own: str, shape: tuple[int, ...]) -> torch.Tensor:
         """What a parameter holds now, in the shape it is loaded with; out of the packing if need be."""
         live: torch.Tensor = getattr(self.module, own).detach()

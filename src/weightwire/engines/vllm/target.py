@@ -96,6 +96,7 @@ class _Staged:
         self.takes = [[copy.source for copy in copies] for copies in plan.copies]
         self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
         self.nbytes = sum(self._twin[name].nbytes for name in self._users)
+        self.nbytes += sum(self._twin[s.parameters["weight"]].nbytes for s in self._slots if s.packs_beside)
         self._awaited = Counter[str]()
         self._cast: set[str] = set()
         for spec, copies in zip(manifest.tensors, plan.copies, strict=True):
