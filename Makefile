@@ -34,7 +34,7 @@ test: $(VENV)/.full lint
 	$(BIN)/pytest
 
 test-fast: $(VENV)/.light lint
-	$(BIN)/pytest -m 'not vllm and not gpu'
+	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu'
 
 fmt: $(VENV)/.light
 	$(BIN)/ruff check --fix .

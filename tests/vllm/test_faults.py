@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -84,17 +85,21 @@ def test_packings_are_asked_on_the_engines_own_thread_only(victim: Server, train
 
 def test_a_broken_commit_poisons_and_a_full_update_heals(victim: Server, served_model: Any, trained: Any) -> None:
     version = (victim.version() or 0) + 1
-    started = threading.Event()
+    started, ended = threading.Event(), threading.Event()
     victim.worker_rpc("fail_next_commit", 0)
-    with victim.engines() as engines, ThreadPoolExecutor(1) as pool:
-        in_flight = pool.submit(_stream_until_end, victim, started)
-        assert started.wait(120)
-        with (
-            ww.Publisher(trained, engines) as publisher,
-            pytest.raises(ww.PoisonedError, match=r"http.*commit: .*injected"),
-        ):
-            publisher.publish(version)
-        assert in_flight.result(timeout=60) == "abort"
+    with victim.engines() as engines, ThreadPoolExecutor(3) as pool:
+        # Of different lengths, one after the other: some are in flight whenever the commit comes.
+        in_flight = [pool.submit(_stream_on, victim, tokens, started, ended) for tokens in (130, 170, 240)]
+        try:
+            assert started.wait(120)
+            with (
+                ww.Publisher(trained, engines) as publisher,
+                pytest.raises(ww.PoisonedError, match=r"http.*commit: .*injected"),
+            ):
+                publisher.publish(version)
+        finally:
+            ended.set()
+        assert "abort" in [job.result(timeout=60) for job in in_flight]
         status = engines[0].status()
         assert (status.state, status.version) == ("poisoned", version - 1 or None)
         for path, body in (
@@ -151,15 +156,16 @@ def _serves(server: Server, model: Any) -> None:
     assert apart(output["logprobs"], logprobs(model, PROMPT, output["tokens"])) < 1e-3
 
 
-def _stream_until_end(server: Server, started: threading.Event) -> str:
-    import json
-
-    body = {"token_ids": PROMPT, "sampling_params": {"max_tokens": 240, "ignore_eos": True}, "stream": True}
-    reason = ""
-    with server.client.stream("POST", "/inference/v1/generate", json=body) as reply:
-        for line in reply.iter_lines():
-            if line.startswith("data: {"):
-                started.set()
-                for choice in json.loads(line[6:]).get("choices", ()):
-                    reason = choice["finish_reason"] or reason
+def _stream_on(server: Server, tokens: int, started: threading.Event, ended: threading.Event) -> str:
+    """Stream until one stream does not reach its length, or `ended`; why the last one stopped."""
+    body = {"token_ids": PROMPT, "sampling_params": {"max_tokens": tokens, "ignore_eos": True}, "stream": True}
+    reason = "length"
+    while reason == "length" and not ended.is_set():
+        reason = "refused"
+        with server.client.stream("POST", "/inference/v1/generate", json=body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    started.set()
+                    for choice in json.loads(line[6:]).get("choices", ()):
+                        reason = choice["finish_reason"] or reason
     return reason

@@ -22,7 +22,7 @@ from weightwire.updates.receipt import Proof
 __all__ = ["Slot", "find_slots"]
 
 _KNOWN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
-_ASKED_COLUMNS = 4
+_ASKED_COLUMNS = 16
 _READ_COLUMNS = 256
 
 
@@ -50,7 +50,8 @@ class Slot:
     @property
     def packs_beside(self) -> bool:
         """Whether the weight itself is kept beside the packing, as embeddings do."""
-        return self.packs and getattr(self.module, "weight").numel() > 0  # noqa: B009
+        layer: Any = self.module
+        return self.packs and bool(layer.weight.numel())
 
     def current(self, own: str, shape: tuple[int, ...]) -> torch.Tensor:
         """What a parameter holds now, in the shape it is loaded with; out of the packing if need be."""
