@@ -22,8 +22,9 @@ $(VENV)/.full: $(VENV)/.light
 	touch $@
 
 ENGINE ?= vllm
+MODE ?= dense
 demo: $(VENV)/$(if $(filter transformers,$(ENGINE)),.light,.full)
-	$(BIN)/weightwire demo --engine $(ENGINE) $(ARGS)
+	$(BIN)/weightwire demo --engine $(ENGINE) --mode $(MODE) $(ARGS)
 
 lint: $(VENV)/.light
 	$(BIN)/ruff check .

@@ -14,7 +14,8 @@ from weightwire.errors import *  # noqa: F403
 from weightwire.errors import __all__ as _errors
 
 if TYPE_CHECKING:
-    from weightwire.engines.connect import Engines, connect
+    import weightwire.engines.vllm as vllm
+    from weightwire.connection import Engines, connect
     from weightwire.engines.transformers import TransformersEngine
     from weightwire.publisher import Publisher
     from weightwire.updates.receipt import EngineReceipt, Receipt
@@ -24,19 +25,23 @@ WORKER_EXTENSION = "weightwire.engines.vllm.worker.WorkerExtension"
 
 # Looked up on first use: every vLLM process imports this package, and most of them need none of it.
 _HOMES = {
-    "Engines": "weightwire.engines.connect",
-    "connect": "weightwire.engines.connect",
+    "Engines": "weightwire.connection",
+    "connect": "weightwire.connection",
     "TransformersEngine": "weightwire.engines.transformers",
     "Publisher": "weightwire.publisher",
     "EngineReceipt": "weightwire.updates.receipt",
     "Receipt": "weightwire.updates.receipt",
 }
 
-__all__ = ["WORKER_EXTENSION", "EngineReceipt", "Engines", "Publisher", "Receipt", "TransformersEngine", "connect"]
+__all__ = [
+    "WORKER_EXTENSION", "EngineReceipt", "Engines", "Publisher", "Receipt", "TransformersEngine", "connect", "vllm"
+]  # fmt: skip
 __all__ += _errors
 
 
 def __getattr__(name: str) -> Any:
+    if name == "vllm":
+        return importlib.import_module("weightwire.engines.vllm")
     if name not in _HOMES:
         raise AttributeError(f"module 'weightwire' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -9,6 +9,7 @@
      │    └── ShapeMismatch        the right name with another dtype or shape
      ├── VersionError            a version that does not grow, or a base the engine does not have
      ├── BusyError               another trainer holds the engine
+     ├── AdapterNotFound         no LoRA adapter of that name is loaded
      ├── UpdateNotFound          that update was aborted, ran out of its lease, or never was
      ├── StateError              the right call at the wrong time
      ├── RoomError               no memory for the staged copy
@@ -34,6 +35,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 __all__ = [
+    "AdapterNotFound",
     "AuthError",
     "BusyError",
     "DeadlineError",
@@ -156,6 +158,10 @@ class BusyError(WeightwireError):
     """`details["holder"]` says who, `details["until"]` is the Unix time at which the lease ends."""
 
     status, code = 409, "busy"
+
+
+class AdapterNotFound(WeightwireError):
+    status, code = 404, "adapter_not_found"
 
 
 class UpdateNotFound(WeightwireError):

@@ -23,7 +23,7 @@ import torch
 
 from weightwire import sources, transports
 from weightwire.engines.base import Begun, Engine, Pause
-from weightwire.engines.connect import Engines, connect
+from weightwire.engines.find import find
 from weightwire.errors import (
     DeadlineError,
     EngineError,
@@ -36,7 +36,7 @@ from weightwire.sources.base import Source
 from weightwire.transports import Choice, Link, Sender, Transport
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import NO_DIGEST, Scan
-from weightwire.updates.manifest import Manifest
+from weightwire.updates.manifest import Adapter, Manifest
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
 __all__ = ["Explanation", "Publisher"]
@@ -57,6 +57,9 @@ class Publisher:
     that is spread over the ranks of `torch.distributed`, every rank makes a publisher and all call `publish` together;
     only rank 0 speaks to engines.
 
+    A source that is a LoRA adapter (a PEFT model, an adapter's folder) is served as the model `adapter`, "policy" if
+    that is not given, beside the base model.
+
     `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
     bounds the trainer's extra memory: at most two buckets. An engine that hears nothing for `lease` seconds forgets
     the update. A publish takes at most `deadline` seconds.
@@ -67,6 +70,7 @@ class Publisher:
         source: Any,
         engines: Any = None,
         *,
+        adapter: str | None = None,
         transport: str | None = None,
         bucket_bytes: int = 64 << 20,
         lease: float = 60.0,
@@ -83,9 +87,17 @@ class Publisher:
         # The ranks wait for each other a little longer than rank 0 waits for engines, whose error then reaches all.
         self._source = sources.find(source, timeout=deadline + _SLACK_SECONDS)
         self._leads = self._source.ranks is None or self._source.ranks.rank == 0
-        self._engines = connect(engines) if self._leads and engines is not None else Engines(())
+        self._engines = find(engines) if self._leads and engines is not None else ()
         if self._leads and not self._engines:
             raise UsageError("no engines", next_step="Pass what weightwire.connect(...) returned.")
+        is_adapter = getattr(self._source, "lora", None) is not None
+        self.adapter = (adapter or "policy") if is_adapter else None
+        """The model as which a LoRA adapter is served; None for a source that is a whole model."""
+        if adapter is not None and not is_adapter:
+            raise UsageError(
+                f"adapter={adapter!r}, but {type(self._source).__name__} is no LoRA adapter",
+                next_step="Pass a PEFT model or an adapter's folder, or leave `adapter` out.",
+            )
         self._wanted = transport
         self._bucket_bytes = bucket_bytes
         self._lease = lease
@@ -103,12 +115,12 @@ class Publisher:
         keep_cache: bool = False,
         deadline: float | None = None,
     ) -> Receipt:
-        """Make the source's weights, as they are now, version `version` of every engine.
+        """Make the source's weights, as they are now, version `version` of every engine, or of the adapter there.
 
         `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `pause` says what happens to requests
         in flight (`engines.base.Pause`). The prefix cache is reset, unless `keep_cache`. Raises a `WeightwireError`
         with the engine and the phase; unless that is `commit`, every engine still serves what it served before. After
-        it, `PublishError.outcomes` and each engine's `status()` say which has changed.
+        it, `PublishError.outcomes` and each engine's `status()` say which has changed; an adapter is taken back.
         """
         if pause not in ("keep", "wait", "abort"):
             raise UsageError(f"pause={pause!r}", next_step="Take 'keep', 'wait' or 'abort'.")
@@ -175,6 +187,16 @@ def _as_version(version: Any) -> int:
     raise UsageError(f"version={version!r}", next_step="A version is a non-negative integer that only grows.")
 
 
+def _as_adapter(name: str, config: Mapping[str, Any]) -> Adapter:
+    try:
+        return msgspec.convert({"name": name, "config": dict(config)}, Adapter)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"an adapter cannot be called {name!r}",
+            next_step="Take letters, digits, dots, dashes and underscores, 128 at most.",
+        ) from error
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What `Publisher.explain` found. `str()` of it is for people, `msgspec.to_builtins` of it for machines."""
@@ -218,8 +240,13 @@ class _Run:
         # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it
         # does for the last one is waited for.
         self._order = sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= self._publisher._bucket_bytes)
+        config = getattr(self._source, "lora", None)
+        if config is not None and (partial or keep_cache):
+            raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
         draft = Manifest(
             version=version,
+            kind="dense" if config is None else "adapter",
+            adapter=None if config is None else _as_adapter(str(self._publisher.adapter), config),
             tensors=tuple(specs[n] for n in self._order),
             aliases=dict(self._source.aliases),
             partial=partial,
@@ -232,7 +259,7 @@ class _Run:
         marks.append(time.perf_counter())
         self._on_leader(lambda: self._seal(scans))
         marks.append(time.perf_counter())
-        receipts = self._from_leader(lambda: self._commit(pause, keep_cache), dict[str, EngineReceipt])
+        receipts = self._from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
         marks.append(time.perf_counter())
         self._done = True
         return Receipt(
@@ -352,7 +379,7 @@ class _Run:
         digests = [scan.digest.hex() for scan in scans]
         self._each("seal", lambda engine: engine.seal(self._id(engine), digests, timeout=self._left()))
 
-    def _commit(self, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
+    def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
         # From here on engines may differ, and aborting could not make them alike again.
         self._committing = True
 
@@ -363,6 +390,8 @@ class _Run:
         errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
         if not errors:
             return outcomes  # type: ignore[return-value]
+        if manifest.kind == "adapter" and self._undo([e for e in self._engines if e.name not in errors]):
+            raise next(iter(errors.values()))
         if len(errors) == len(outcomes) == 1:
             raise next(iter(errors.values()))
         raise PublishError(
@@ -371,6 +400,15 @@ class _Run:
             next_step="Publish the next version to bring all engines together again.",
             outcomes=outcomes,
         ) from next(iter(errors.values()))
+
+    def _undo(self, engines: Sequence[Engine]) -> bool:
+        """Have engines that committed an adapter go back to the revision before it; whether all of them did."""
+
+        def undo(engine: Engine) -> None:
+            engine.abort(self._id(engine), timeout=_ABORT_SECONDS)
+
+        jobs = [self._pool.submit(undo, engine) for engine in engines]
+        return not any(job.exception() for job in jobs)
 
     # -- helpers ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@
       ^                |                 |        |
       +----- abort, or the lease ends ---+        +--> poisoned --a complete update--> idle
 
+A LoRA adapter takes the same way, only that its commit poisons nothing: it makes a revision known that is in the engine
+already, beside those that are being served, and can be undone.
+
 It knows no engine and no wire. A `Target` lays the update out, holds the staged copy and makes it live; a `fetch`
 function brings buckets from an address. Calls come from one thread, the engine's own, between two model steps; what
 takes long (fetching, verifying, packing, reading back) runs on one thread of the receiver, and `poll` asks after it.
@@ -36,13 +39,14 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
+from weightwire.revisions import Revision, Revisions
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import NO_DIGEST, Scan, scan
 from weightwire.updates.manifest import Manifest, decode_manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
+__all__ = ["AdapterStaging", "Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
@@ -82,12 +86,26 @@ class Staging(Protocol):
         """Let go of the staged memory."""
 
 
+class AdapterStaging(Staging, Protocol):
+    """A LoRA adapter's staged copy. With `check` it enters the engine, beside the revisions being served and unknown to
+    requests; `commit` has nothing left to do but to keep it, and `discard` forgets it only if it was not committed."""
+
+    def held(self) -> str:
+        """After `check`: a digest of what this rank's modules hold of it."""
+
+
 class Target(Protocol):
     """A worker's model, as the receiver sees it."""
 
     def prepare(self, manifest: Manifest) -> Staging:
         """Check names, shapes and dtypes against the model and lay the update out. Must not change the model.
         Raises `UnknownTensor`, `MissingTensor`, `ShapeMismatch` or `UnsupportedError`."""
+
+    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
+        """The same for a LoRA adapter. Also raises `UnsupportedError` when the engine takes none."""
+
+    def drop(self, revision: Revision) -> None:
+        """Forget a revision, which no request has in use any more. Called on the engine's own thread."""
 
     def room(self) -> int:
         """Bytes that a staged copy may take on this rank now."""
@@ -117,6 +135,8 @@ class _Update:
     lease: float
     expires: float
     staging: Staging
+    revision: Revision | None
+    adapter: AdapterStaging | None
     buckets: tuple[Bucket, ...]
     scans: list[Scan]
     received: set[int] = field(default_factory=set)
@@ -130,8 +150,9 @@ class _Update:
 
 
 class Receiver:
-    """One worker's update state. `clock` is a Unix clock in seconds; `background=False` runs long work inside the
-    call and leaves leases to be noticed by the next call, which is what a model checker wants."""
+    """One worker's update state. `keep` older revisions of an adapter can be pinned by requests. `clock` is a Unix
+    clock in seconds; `background=False` runs long work inside the call and leaves leases to be noticed by the next
+    call, which is what a model checker wants."""
 
     def __init__(
         self,
@@ -141,6 +162,7 @@ class Receiver:
         probe: Callable[[str], str | None] = lambda offer: None,
         sweep: Callable[[str], None] = lambda update: None,
         rank: int = 0,
+        keep: int = 2,
         clock: Callable[[], float] = time.time,
         background: bool = True,
     ) -> None:
@@ -159,6 +181,9 @@ class Receiver:
         self._update: _Update | None = None
         self._ended: dict[str, str] = {}
         self._proofs: tuple[str, Future[dict[str, Proof]]] | None = None
+        self._revisions = Revisions(keep)
+        self._last: tuple[str, Revision] | None = None
+        self._dropped: list[Revision] = []
         self._version: int | None = None
         self._poisoned: str | None = None
         self._receipt: dict[str, Any] | None = None
@@ -175,6 +200,8 @@ class Receiver:
             "try_offers": self.try_offers,
             "poison": self.poison,
             "record": self.record,
+            "adapters": self.adapters,
+            "unload": self.unload,
         }
 
     # -- the calls, in the order of an update ----------------------------------------------------------------------
@@ -196,20 +223,10 @@ class Receiver:
                     next_step="Wait for it to finish or for its lease to end, then publish again.",
                     details={"holder": held.holder, "until": held.expires},
                 )
-            # Poisoned, this rank may hold the version that another failed to take; it may be sent again.
-            oldest = self._version if self._poisoned else None if self._version is None else self._version + 1
-            if oldest is not None and manifest.version < oldest:
-                raise VersionError(
-                    f"version {manifest.version} is not newer than {self._version}, which is being served",
-                    next_step=f"Publish version {oldest} or higher.",
-                )
-            if self._poisoned and manifest.partial:
-                raise PoisonedError(
-                    f"poisoned ({self._poisoned}), and a partial update cannot heal it",
-                    next_step="Publish a complete update.",
-                )
             started = time.perf_counter()
-            staging = self._target.prepare(manifest)
+            revision = self._revision(id, manifest)
+            adapter = revision and self._target.prepare_adapter(manifest, revision)
+            staging = adapter or self._target.prepare(manifest)
             room = self._target.room()
             if staging.nbytes > room:
                 staging.discard()
@@ -224,6 +241,8 @@ class Receiver:
                 lease=lease,
                 expires=self._clock() + lease,
                 staging=staging,
+                revision=revision,
+                adapter=adapter,
                 buckets=cut(manifest),
                 scans=[Scan(NO_DIGEST, 0)] * len(manifest.tensors),
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
@@ -231,6 +250,25 @@ class Receiver:
             if self._background:
                 threading.Thread(target=self._watch, args=(self._update,), name="weightwire-lease", daemon=True).start()
             return staging.takes
+
+    def _revision(self, id: str, manifest: Manifest) -> Revision | None:
+        """The revision that this update is to become; None for a whole model. Raises when it cannot be one now."""
+        partly = "partial update" if manifest.partial else "LoRA adapter" if manifest.adapter else None
+        if self._poisoned and partly:
+            raise PoisonedError(
+                f"poisoned ({self._poisoned}), and a {partly} cannot heal it",
+                next_step="Publish a complete update.",
+            )
+        if manifest.adapter is not None:
+            return self._revisions.open(manifest.adapter.name, manifest.version, id)
+        # Poisoned, this rank may hold the version that another failed to take; it may be sent again.
+        oldest = self._version if self._poisoned else None if self._version is None else self._version + 1
+        if oldest is not None and manifest.version < oldest:
+            raise VersionError(
+                f"version {manifest.version} is not newer than {self._version}, which is being served",
+                next_step=f"Publish version {oldest} or higher.",
+            )
+        return None
 
     def stage(self, id: str, address: str) -> None:
         """Start to fetch every bucket from `address`."""
@@ -270,6 +308,7 @@ class Receiver:
                 "received": len(update.received),
                 "buckets": len(update.buckets),
                 "state": self.state,
+                "kind": update.manifest.kind,
             }
 
     def seal(self, id: str, digests: Sequence[str]) -> None:
@@ -327,14 +366,13 @@ class Receiver:
             try:
                 update.staging.commit()
             except BaseException as error:
-                self.poison(f"commit of version {update.manifest.version} failed: {error!r}")
-                self._end(update, "its commit failed")
-                raise PoisonedError(
-                    f"the commit failed on rank {self._rank}: {error!r}",
-                    next_step="The engine refuses to generate. Publish a complete update to heal it.",
-                ) from error
-            self._version = update.manifest.version
-            self._poisoned = None
+                raise self._failed(update, error) from error
+            if update.revision is None:
+                self._version = update.manifest.version
+                self._poisoned = None
+            else:
+                self._revisions.commit(update.revision)
+                self._last = (id, update.revision)
             self._update = None
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
@@ -348,20 +386,59 @@ class Receiver:
                 "digests": {
                     spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.scans, strict=True)
                 },
+                "adapter": update.revision and update.revision.label,
+                "held": update.adapter and update.adapter.held(),
             }
 
+    def _failed(self, update: _Update, error: BaseException) -> WeightwireError:
+        if update.revision is not None:
+            self._end(update, "its commit failed")
+            return EngineError(f"{update.revision.label} could not be kept on rank {self._rank}: {error!r}")
+        self.poison(f"commit of version {update.manifest.version} failed: {error!r}")
+        self._end(update, "its commit failed")
+        return PoisonedError(
+            f"the commit failed on rank {self._rank}: {error!r}",
+            next_step="The engine refuses to generate. Publish a complete update to heal it.",
+        )
+
     def proof(self, id: str) -> dict[str, Proof] | None:
-        """How each live parameter was proven, or None while that is still being found out."""
+        """How each live parameter was proven, or None while that is still being found out. Of an adapter: each module
+        that it is bound to."""
         if self._proofs is None or self._proofs[0] != id:
             raise UpdateNotFound(f"update {id} is not the last one committed")
         job = self._proofs[1]
         return job.result() if job.done() else None
 
-    def abort(self, id: str, reason: str = "it was aborted") -> None:
-        """Forget an update; aborting one that is no more is no error."""
+    def abort(self, id: str, reason: str = "it was aborted") -> bool:
+        """Forget an update; aborting one that is no more is no error. An adapter's is undone if it was the last to be
+        committed, as when another rank or engine failed to; whether it was."""
         with self._lock:
             if self._update is not None and self._update.id == id:
                 self._end(self._update, reason)
+            elif self._last is not None and self._last[0] == id:
+                self._remember(id, reason)
+                return self._revisions.revert(self._last[1])
+            return False
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    def adapters(self, client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> list[Revision]:
+        """Name, version and id of each revision that new requests can have, the newest of each name last. Takes what
+        this client has in use (`Revisions.report`), and frees what nobody has."""
+        with self._lock:
+            self._revisions.report(client, clients, in_use)
+            self._dropped += self._revisions.free()
+            self._drop()
+            return self._revisions.listed()
+
+    def unload(self, name: str) -> None:
+        """Serve an adapter no more; requests in flight finish."""
+        with self._lock:
+            self._revisions.unload(name)
+
+    def _drop(self) -> None:
+        while self._dropped:
+            self._target.drop(self._dropped.pop())
 
     def poison(self, reason: str) -> None:
         """Refuse to generate until a complete update has been committed."""
@@ -394,6 +471,8 @@ class Receiver:
                     "received": len(update.received),
                     "buckets": len(update.buckets),
                 },
+                "adapters": self._revisions.status(),
+                "spent": self._revisions.spent(),
                 "receipt": self._receipt,
             }
 
@@ -410,6 +489,7 @@ class Receiver:
             if call is None:
                 raise StateError(f"unknown operation {op!r}", next_step="Install the same weightwire on both sides.")
             values = msgspec.msgpack.decode(arguments, type=dict[str, Any])
+            self._drop()  # this is the engine's own thread, where a lease's end is not
             reply = {"ok": call(**values) if body is None else call(**values, body=body)}
         except WeightwireError as error:
             reply = {"error": error.to_wire()}
@@ -535,6 +615,8 @@ class Receiver:
         update.cancelled.set()
         self._update = None
         self._remember(update.id, reason)
+        if update.revision is not None:
+            self._dropped.append(update.revision)
         # Behind whatever the thread is doing, so that memory is not taken from under it.
         self._submit(update.staging.discard)
         self._submit(lambda: self._sweep(update.id))

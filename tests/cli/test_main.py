@@ -31,7 +31,9 @@ def test_every_verb_has_help(run: Any, verb: str) -> None:
     assert done.out.startswith(f"usage: weightwire {verb}")
 
 
-@pytest.mark.parametrize("argv", [(), ("frobnicate",), ("push",), ("push", "x"), ("status",), ("status", "--nope")])
+@pytest.mark.parametrize(
+    "argv", [(), ("frobnicate",), ("push",), ("push", "x"), ("status",), ("status", "--nope"), ("demo", "--mode", "x")]
+)
 def test_a_wrong_call_is_code_2(run: Any, argv: Any) -> None:
     done = run(*argv)
     assert done.code == 2

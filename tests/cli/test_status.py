@@ -23,7 +23,7 @@ def test_a_server_that_has_had_no_update(run: Any, served: Any) -> None:
     header, row = done.out.splitlines()
     assert header.split("  ")[0] == "engine"
     assert [cell.strip() for cell in row.split("  ") if cell.strip()] == [
-        here.url, "Sequential", "none yet", "idle", "nobody", "none",
+        here.url, "Sequential", "none yet", "none", "idle", "nobody", "none",
     ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,6 +17,9 @@ import torch
 from weightwire.cli.main import main
 from weightwire.demo import prove
 from weightwire.demo.local import LocalPolicy
+from weightwire.demo.serving import Weights
+
+MODES = ("dense", "adapter")
 
 
 def demo(report: Path, *more: str) -> int:
@@ -31,10 +35,11 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_it_learns_and_proves_itself(tmp_path, scratch, shm_root, no_threads_left, capsys):
+@pytest.mark.parametrize("mode", MODES)
+def test_it_learns_and_proves_itself(mode, tmp_path, scratch, shm_root, no_threads_left, capsys):
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
 
-    assert demo(tmp_path / "report.html", "--json", "--steps", "12") == 0
+    assert demo(tmp_path / "report.html", "--json", "--steps", "12", "--mode", mode) == 0
 
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = [event for event in events if event["event"] == "step"]
@@ -43,6 +48,8 @@ def test_it_learns_and_proves_itself(tmp_path, scratch, shm_root, no_threads_lef
     assert steps[-1]["reward"] > steps[0]["reward"] + 0.4
     verdicts = [event for event in events if event["event"] == "verdict"]
     assert [(verdict["version"], verdict["passed"]) for verdict in verdicts] == [(1, True), (6, True), (12, True)]
+    answered_by = [verdict["sample"].partition(":")[0] for verdict in verdicts]
+    assert answered_by == {"dense": ["policy"] * 3, "adapter": ["policy@1", "policy@6", "policy@12"]}[mode]
     assert events[-1]["event"] == "end"
     assert events[-1]["passed"]
     assert "<svg" in (tmp_path / "report.html").read_text()
@@ -50,13 +57,14 @@ def test_it_learns_and_proves_itself(tmp_path, scratch, shm_root, no_threads_lef
     assert (torch.get_num_threads(), signal.getsignal(signal.SIGTERM)) == (threads, handler)
 
 
-def test_an_engine_with_other_weights_fails_the_proof(tmp_path, scratch, shm_root, capsys, monkeypatch):
-    def stale(kind, checkpoint, folder):
-        return LocalPolicy(checkpoint.parent / "version-0")
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_with_other_weights_fails_the_proof(mode, tmp_path, scratch, shm_root, capsys, monkeypatch):
+    def stale(kind, mode, weights, folder):
+        return LocalPolicy(mode, Weights(checkpoint=weights.checkpoint.parent / "version-0"))
 
     monkeypatch.setattr(prove, "fresh", stale)
 
-    assert demo(tmp_path / "report.html", "--steps", "3") == 1
+    assert demo(tmp_path / "report.html", "--steps", "3", "--mode", mode) == 1
 
     out = capsys.readouterr().out
     assert out.count("FAIL  version") == 3
@@ -88,6 +96,13 @@ def test_a_killed_demo_leaves_no_files(tmp_path):
     assert process.returncode == 130
     assert error == "weightwire: interrupted\n"
     assert list(scratch.iterdir()) == []
+
+
+def test_an_adapter_needs_peft(tmp_path, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "peft" else find(name))
+    assert demo(tmp_path / "report.html", "--mode", "adapter") == 2
+    assert "the demo needs peft" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [["--steps", "2"], ["--report", "/nowhere/report.html"]])

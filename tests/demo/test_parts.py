@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from weightwire.demo import charts, model, progress, prove, report, task
-from weightwire.demo.serving import Completion
+from weightwire.demo.completions import StockPolicy
+from weightwire.demo.serving import Completion, Weights
 from weightwire.demo.train import Step, policy_gradient_loss, token_logprobs
 
 
@@ -27,8 +28,8 @@ def step(number: int, **changes) -> Step:
 
 
 def recording(version: int = 1, logprob: float = -0.5) -> prove.Recording:
-    answer = Completion(prompt="1", tokens=(3, 4), logprobs=(-0.25, logprob))
-    return prove.Recording(version=version, checkpoint=Path("nowhere"), answers=(answer,))
+    answer = Completion(model=f"policy@{version}", prompt="1", tokens=(3, 4), logprobs=(-0.25, logprob))
+    return prove.Recording(version=version, weights=Weights(checkpoint=Path("nowhere")), answers=(answer,))
 
 
 def test_counting_is_rewarded_and_nothing_else():
@@ -56,7 +57,7 @@ def test_equal_rewards_teach_nothing():
 def test_logprobs_are_those_of_the_sampled_tokens():
     policy = model.make_policy(seed=0)
     with torch.no_grad():
-        found = token_logprobs(policy, [Completion(prompt="1", tokens=(3, 4), logprobs=())])
+        found = token_logprobs(policy, [Completion(model="policy", prompt="1", tokens=(3, 4), logprobs=())])
         full = policy(input_ids=torch.tensor([[*model.encode("1"), 3, 4]])).logits.log_softmax(-1)
     torch.testing.assert_close(found, torch.stack([full[0, 0, 3], full[0, 1, 4]])[None])
 
@@ -80,6 +81,30 @@ def test_versions_that_answer_alike_prove_nothing():
     assert str(verdict).startswith("FAIL  version 2: it answers as version 1 does")
 
 
+def test_versions_that_answer_alike_are_found_whoever_answers():
+    versions = [recording(1), recording(2), recording(3, logprob=-0.7)]
+    assert [prove._twin(version, versions) for version in versions] == [2, 1, None]
+
+
+def test_only_the_adapter_is_trained_and_it_begins_as_nothing():
+    base, policy = model.make_policy(seed=0), model.adapted(model.make_policy(seed=0))
+    assert all("lora_" in name for name, parameter in policy.named_parameters() if parameter.requires_grad)
+    ids = torch.tensor([model.encode("123")])
+    with torch.no_grad():
+        assert torch.equal(policy(input_ids=ids).logits, base(input_ids=ids).logits)
+
+
+def test_a_fresh_server_has_the_adapter_from_its_folder(tmp_path):
+    weights = Weights(checkpoint=tmp_path / "version-0", adapter=tmp_path / "version-7")
+    command = StockPolicy("adapter", weights, tmp_path)._server._command
+    assert command[command.index("--model") + 1] == str(tmp_path / "version-0")
+    assert command[command.index("--lora-modules") + 1] == f"policy={tmp_path / 'version-7'}"
+    assert {"--served-model-name=base", "--enable-lora", "--max-lora-rank=16"} <= set(command)
+    dense = StockPolicy("dense", Weights(checkpoint=tmp_path / "version-7"), tmp_path)._server._command
+    assert "--served-model-name=policy" in dense
+    assert not any("lora" in argument for argument in dense)
+
+
 @given(st.floats(min_value=1e-12, max_value=1e12))
 def test_ticks_cover_the_values(top):
     ticks = charts.nice_ticks(top)
@@ -101,7 +126,9 @@ def test_bars_are_stacked_within_the_axes():
 @pytest.mark.parametrize("number", [3, 30, 500])
 def test_the_page_is_whole_and_loads_nothing(number):
     verdicts = [prove.compare(recording(), recording().answers)]
-    page = report.render(kind="transformers", steps=[step(n) for n in range(1, number + 1)], verdicts=verdicts)
+    page = report.render(
+        kind="transformers", mode="adapter", steps=[step(n) for n in range(1, number + 1)], verdicts=verdicts
+    )
     loads = {"link", "script", "img", "iframe", "object", "image", "use"}
     tags, parser = [], HTMLParser()
     parser.handle_starttag = lambda tag, attrs: tags.append((tag, dict(attrs)))  # type: ignore[method-assign]
@@ -110,6 +137,7 @@ def test_the_page_is_whole_and_loads_nothing(number):
     assert not any({"src", "href", "xlink:href"} & attrs.keys() for _, attrs in tags)
     assert "url(" not in page
     assert "@import" not in page
+    assert "update: a LoRA adapter of rank 16" in page
     assert [tag for tag, _ in tags].count("svg") == 4
     assert not re.search(r"\b(nan|inf)\b", page)
 

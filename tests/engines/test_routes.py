@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hmac
 import http.client
 import json
@@ -28,15 +29,15 @@ from weightwire.updates.manifest import Manifest
 TOKEN = "a-token-of-some-length"
 BASE = "/v1/weightwire"
 NOBODY = "0" * 32
-CALLS = [
-    ("GET", "/status"),
-    ("POST", "/updates"),
+UPDATE_CALLS = [
     ("POST", f"/updates/{NOBODY}/stage"),
     ("PUT", f"/updates/{NOBODY}/buckets/0"),
     ("POST", f"/updates/{NOBODY}/seal"),
     ("POST", f"/updates/{NOBODY}/commit"),
     ("DELETE", f"/updates/{NOBODY}"),
 ]
+ADAPTER_CALLS = [(method, "/adapters/policy") for method in ("PUT", "GET", "DELETE")]
+CALLS = [("GET", "/status"), ("POST", "/updates"), *UPDATE_CALLS, *ADAPTER_CALLS]
 
 
 class Client:
@@ -149,7 +150,8 @@ def test_without_the_token_no_call_does_anything(shared: Here, method: str, path
 def test_every_route_is_in_the_list_above(shared: Here) -> None:
     paths = shared.server.app.openapi()["paths"]
     listed = {(method.upper(), path) for path, methods in paths.items() for method in methods}
-    named = {(m, BASE + p.replace(NOBODY, "{id}").replace("/buckets/0", "/buckets/{n}")) for m, p in CALLS}
+    places = {NOBODY: "{id}", "/buckets/0": "/buckets/{n}", "/policy": "/{name}"}
+    named = {(m, BASE + functools.reduce(lambda p, a: p.replace(a, places[a]), places, path)) for m, path in CALLS}
     assert listed == named
 
 
@@ -157,7 +159,7 @@ def test_without_the_token_an_update_under_way_is_safe(shared: Here) -> None:
     id = shared.begin()
     stranger = Client(shared.server, "wrong")
     try:
-        for method, path in CALLS[2:]:
+        for method, path in UPDATE_CALLS:
             body = None if method == "DELETE" else {"address": "shm:", "digests": []}
             assert stranger.call(method, path.replace(NOBODY, id), body)[0] == 401
         held = shared.engine.receiver.status()["update"]
@@ -429,7 +431,7 @@ def test_thousands_of_unknown_tensors_are_refused_briefly(shared: Here) -> None:
 @settings(max_examples=150)
 def test_an_id_of_nobody_is_not_found(id: str) -> None:
     path = quote(id, safe="", errors="surrogatepass")
-    for method, call in CALLS[2:]:
+    for method, call in UPDATE_CALLS:
         body = {"address": "shm:"} if call.endswith("stage") else {"digests": []} if call.endswith("seal") else {}
         sent = None if method == "DELETE" else bytes(4) if method == "PUT" else body
         status, answer = SHARED[0].client.call(method, call.replace(NOBODY, path), sent)

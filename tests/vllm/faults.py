@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from typing import Any
 
 import torch
 
@@ -27,6 +28,34 @@ class FaultyWorker(WorkerExtension):
             commit(this)
 
         staged.commit = fail
+
+    def fail_next_adapter(self, rank: int, step: str) -> None:
+        """The next adapter's staged copy fails at `step` (write, seal, check, commit) on one rank."""
+        from weightwire.engines.vllm import adapters
+
+        worker = self
+        staged = adapters._Staged
+        original = getattr(staged, step)
+
+        def fail(this: adapters._Staged, *args: Any) -> Any:
+            setattr(staged, step, original)
+            if worker.rank == rank:  # type: ignore[attr-defined]
+                raise RuntimeError("injected")
+            return original(this, *args)
+
+        setattr(staged, step, fail)
+
+    def adapter_loads(self, label: str) -> int:
+        """How often vLLM has loaded a revision here."""
+        return int(self._store().loads.get(f"weightwire:{label}", 0))
+
+    def adapters_held(self) -> list[int]:
+        """How many revisions are held here, and how many of ours are in vLLM's own cache."""
+        store = self._store()
+        return [len(store._sent), sum(id >= 1 << 20 for id in store._manager.list_adapters())]
+
+    def _store(self) -> Any:
+        return self._weightwire_receiver._target.adapters  # type: ignore[attr-defined]
 
     def spoil_next_packing(self) -> None:
         """The next module that is packed gets a packing of other weights than were staged."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from weightwire.errors import UsageError
 
 if TYPE_CHECKING:
-    from weightwire.engines.connect import Engines
+    from weightwire.connection import Engines
 
 __all__ = ["add_access", "add_json", "engines_at", "token_of"]
 
@@ -48,7 +48,7 @@ def token_of(args: argparse.Namespace) -> str | None:
 
 def engines_at(urls: Sequence[str], args: argparse.Namespace) -> Engines:
     """The engines behind URLs, with the token and the key that the arguments give."""
-    from weightwire.engines.connect import connect
+    from weightwire.connection import connect
 
     return connect(list(urls), token=token_of(args), api_key=args.api_key or os.environ.get("VLLM_API_KEY"))
 

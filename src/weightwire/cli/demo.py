@@ -11,6 +11,7 @@ from weightwire.errors import UsageError
 __all__ = ["add_parser"]
 
 _NEEDED = ("httpx2", "jinja2", "rich", "transformers")
+_NEEDED_BY = {"dense": (), "adapter": ("peft",)}
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,6 +22,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         " publish every step into it, and prove three of the versions against fresh engines.",
     )
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm", help="default: vllm")
+    parser.add_argument(
+        "--mode",
+        choices=tuple(_NEEDED_BY),
+        default="dense",
+        help="train and update the whole model, or a LoRA adapter to it (default: dense)",
+    )
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="optimiser steps (default: 30)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random model (default: 0)")
     parser.add_argument(
@@ -35,7 +42,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 
 def run(args: argparse.Namespace) -> int:
-    if missing := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in (*_NEEDED, *_NEEDED_BY[args.mode]) if importlib.util.find_spec(name) is None]:
         raise UsageError(
             f"the demo needs {', '.join(missing)}", next_step="pip install 'weightwire[demo]', or make demo."
         )
@@ -43,5 +50,5 @@ def run(args: argparse.Namespace) -> int:
     from weightwire.demo.run import run as run_demo
 
     shown = progress.choose(as_json=args.json)
-    passed = run_demo(args.engine, steps=args.steps, seed=args.seed, report_file=args.report, progress=shown)
+    passed = run_demo(args.engine, args.mode, steps=args.steps, seed=args.seed, report_file=args.report, progress=shown)
     return 0 if passed else 1

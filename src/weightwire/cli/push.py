@@ -1,4 +1,4 @@
-"""`weightwire push`: a safetensors checkpoint into running engines, as one version for all."""
+"""`weightwire push`: a safetensors checkpoint or a LoRA adapter into running engines, as one version for all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weightwire.errors import PublishError, WeightwireError
 if TYPE_CHECKING:
     import torch
 
-    from weightwire.engines.connect import Engines
+    from weightwire.connection import Engines
     from weightwire.sources.base import Source
     from weightwire.updates.digest import Scan
     from weightwire.updates.manifest import TensorSpec
@@ -29,12 +29,16 @@ __all__ = ["add_parser"]
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "push",
-        help="put a checkpoint into running engines",
-        description="Put a safetensors checkpoint into running engines: all of them get it, or none.",
+        help="put a checkpoint or an adapter into running engines",
+        description="Put a safetensors checkpoint, or a LoRA adapter as PEFT saves it, into running engines: all of"
+        " them get it, or none.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a folder, or a .safetensors file")
+    parser.add_argument(
+        "--as", dest="adapter", metavar="NAME", help="the model that an adapter is served as (default: policy)"
+    )
     parser.add_argument("--to", action="append", required=True, metavar="URL", help="an engine; may be given again")
-    parser.add_argument("--version", type=int, metavar="N", help="default: one more than any of the engines serves")
+    parser.add_argument("--version", type=int, metavar="N", help="default: one more than any of the engines has")
     add_access(parser)
     parser.add_argument("--transport", metavar="NAME", help="shm, gloo or http (default: the first that works)")
     parser.add_argument("--partial", action="store_true", help="allow parameters to be left out")
@@ -54,10 +58,12 @@ def run(args: argparse.Namespace) -> int:
 
     with engines_at(args.to, args) as engines, _progress() as advance:
         source = _Counted(sources.find(args.checkpoint, timeout=args.deadline), advance)
-        with Publisher(source, engines, transport=args.transport, deadline=args.deadline) as publisher:
+        with Publisher(
+            source, engines, adapter=args.adapter, transport=args.transport, deadline=args.deadline
+        ) as publisher:
             try:
                 receipt = publisher.publish(
-                    _next_version(engines) if args.version is None else args.version,
+                    _next_version(engines, publisher.adapter) if args.version is None else args.version,
                     partial=args.partial,
                     finite=not args.allow_nonfinite,
                     pause=args.pause,
@@ -73,7 +79,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _next_version(engines: Engines) -> int:
+def _next_version(engines: Engines, adapter: str | None) -> int:
+    if adapter is not None:
+        return engines.adapters.next_version(adapter)
     served = (status.version for status in engines.status().values())
     return 1 + max(-1 if version is None else version for version in served)
 
@@ -90,7 +98,8 @@ def _print(receipt: Receipt) -> None:
         proofs = ", ".join(sorted(set(engine.proven.values())))
         rows.append([name, engine.transport, str(engine.parameters), proofs, f"{engine.pause * 1e3:.0f} ms"])
     print(receipt)
-    print_table(["engine", "transport", "parameters", "proven", "paused"], rows)
+    what = "parameters" if receipt.kind == "dense" else "modules"
+    print_table(["engine", "transport", what, "proven", "paused"], rows)
 
 
 class _Counted:
@@ -101,9 +110,11 @@ class _Counted:
         self._advance = advance
         self.aliases: Mapping[str, str] = source.aliases
         self.ranks = source.ranks
+        self.lora = source.lora
 
     def metadata(self) -> Sequence[TensorSpec]:
         specs = self._source.metadata()
+        self.lora = self._source.lora
         self._total = sum(spec.nbytes for spec in specs)
         return specs
 

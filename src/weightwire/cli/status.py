@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-_COLUMNS = ("engine", "model", "version", "state", "held by", "last update")
+_COLUMNS = ("engine", "model", "version", "adapters", "state", "held by", "last update")
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
 def _row(status: EngineStatus) -> list[str]:
     state = f"{status.state}: {status.poisoned}" if status.poisoned else status.state
     version = "none yet" if status.version is None else str(status.version)
-    return [status.engine, status.model, version, state, _holder(status), _last(status)]
+    adapters = ", ".join(f"{each['name']}@{each['version']}" for each in status.adapters) or "none"
+    return [status.engine, status.model, version, adapters, state, _holder(status), _last(status)]
 
 
 def _holder(status: EngineStatus) -> str:
@@ -63,4 +64,6 @@ def _last(status: EngineStatus) -> str:
     if (receipt := status.receipt) is None:
         return "none"
     size = f"{receipt.nbytes / 1e6:.1f} MB over {receipt.transport}"
+    if receipt.adapter is not None:
+        return f"{receipt.adapter}: {len(receipt.proven)} modules, {size}"
     return f"version {receipt.version}: {receipt.parameters} parameters, {size}, paused {receipt.pause * 1e3:.0f} ms"

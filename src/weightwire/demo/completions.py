@@ -11,11 +11,11 @@ from typing import Any, Self
 
 import httpx2 as httpx
 
-from weightwire.demo.model import encode
+from weightwire.connection import Engines, connect
+from weightwire.demo.model import RANK, encode
 from weightwire.demo.server import Server, free_port
-from weightwire.demo.serving import Completion
+from weightwire.demo.serving import Completion, Mode, Weights
 from weightwire.demo.task import PROMPTS
-from weightwire.engines.connect import Engines, connect
 from weightwire.errors import DeadlineError, EngineError, EngineLost
 
 __all__ = ["ServedPolicy", "StockPolicy"]
@@ -23,7 +23,6 @@ __all__ = ["ServedPolicy", "StockPolicy"]
 _ANSWER_SECONDS = 60.0
 _FLAGS = [
     "--host=127.0.0.1",
-    "--served-model-name=policy",
     "--dtype=float32",
     "--enforce-eager",
     "--max-model-len=64",
@@ -32,16 +31,21 @@ _FLAGS = [
     "--generation-config=vllm",
     "--disable-uvicorn-access-log",
 ]
+# An adapter is served as a model of its own, and beside it what it adapts.
+_CHECKPOINT_NAMES: dict[Mode, str] = {"dense": "policy", "adapter": "base"}
+_MODE_FLAGS: dict[Mode, list[str]] = {"dense": [], "adapter": ["--enable-lora", f"--max-lora-rank={RANK}"]}
 
 
 class _Completions:
     """A server of completions. Token ids in, token ids and log-probabilities out: nothing depends on how text is
     split."""
 
-    def __init__(self, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, mode: Mode, command: Sequence[str], *, log: Path, environment: Mapping[str, str]) -> None:
         port = free_port()
         self._url = f"http://127.0.0.1:{port}"
-        command = [*command, "--port", str(port), *_FLAGS]
+        self._checkpoint_name = _CHECKPOINT_NAMES[mode]
+        names = f"--served-model-name={self._checkpoint_name}"
+        command = [*command, "--port", str(port), names, *_FLAGS, *_MODE_FLAGS[mode]]
         self._server = Server(command, self._url, log=log, environment=environment)
         self._client = httpx.Client(base_url=self._url, timeout=_ANSWER_SECONDS, trust_env=False)
 
@@ -58,12 +62,17 @@ class _Completions:
     def wait_until_ready(self) -> None:
         self._server.wait_until_ready()
         # The first answer takes seconds: what an engine makes on demand belongs to its start.
-        self.complete(PROMPTS[:1], n=1, length=1, temperature=0.0)
+        self._complete(self._checkpoint_name, PROMPTS[:1], n=1, length=1, temperature=0.0)
 
     def complete(self, prompts: Sequence[str], *, n: int, length: int, temperature: float) -> list[Completion]:
+        return self._complete("policy", prompts, n=n, length=length, temperature=temperature)
+
+    def _complete(
+        self, model: str, prompts: Sequence[str], *, n: int, length: int, temperature: float
+    ) -> list[Completion]:
         answer = self._post(
             {
-                "model": "policy",
+                "model": model,
                 "prompt": [encode(prompt) for prompt in prompts],
                 "n": n,
                 "max_tokens": length,
@@ -78,6 +87,7 @@ class _Completions:
         choices = sorted(answer["choices"], key=lambda choice: choice["index"])
         return [
             Completion(
+                model=answer["model"],
                 prompt=prompt,
                 tokens=tuple(choice["token_ids"]),
                 logprobs=tuple(choice["logprobs"]["token_logprobs"]),
@@ -102,10 +112,10 @@ class _Completions:
 class ServedPolicy(_Completions):
     """`weightwire serve` on a checkpoint."""
 
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
+    def __init__(self, mode: Mode, checkpoint: Path, folder: Path) -> None:
         self._token_file = folder / "token"
         command = [sys.executable, "-m", "weightwire.cli.main", "serve", "--token-file", str(self._token_file)]
-        super().__init__([*command, str(checkpoint)], log=folder / "served.log", environment={})
+        super().__init__(mode, [*command, str(checkpoint)], log=folder / "served.log", environment={})
 
     def engines(self) -> Engines:
         return connect(self._url, token=self._token_file.read_text().strip())
@@ -117,6 +127,9 @@ class StockPolicy(_Completions):
     Not by `vllm serve`, which wants a distribution of the name vllm; that of the CPU build has another.
     """
 
-    def __init__(self, checkpoint: Path, folder: Path) -> None:
-        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
-        super().__init__(command, log=folder / f"fresh-{checkpoint.name}.log", environment={"VLLM_PLUGINS": ""})
+    def __init__(self, mode: Mode, weights: Weights, folder: Path) -> None:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(weights.checkpoint)]
+        if weights.adapter is not None:
+            command += ["--lora-modules", f"policy={weights.adapter}"]
+        log = folder / f"fresh-{(weights.adapter or weights.checkpoint).name}.log"
+        super().__init__(mode, command, log=log, environment={"VLLM_PLUGINS": ""})

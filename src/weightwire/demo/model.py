@@ -13,9 +13,11 @@ from transformers.utils import logging
 
 from weightwire.demo.task import DIGITS
 
-__all__ = ["VOCABULARY", "decode", "encode", "load", "make_policy", "save"]
+__all__ = ["RANK", "VOCABULARY", "adapted", "decode", "encode", "load", "make_policy", "save"]
 
 VOCABULARY = ("<pad>", *DIGITS)
+RANK = 16
+"""Of the LoRA adapter."""
 
 
 def make_policy(seed: int) -> Any:
@@ -31,6 +33,8 @@ def make_policy(seed: int) -> Any:
         head_dim=32,
         max_position_embeddings=64,
         tie_word_embeddings=False,
+        # How sure a policy can be is bounded by its last layer, which an adapter leaves as it is.
+        initializer_range=0.06,
         pad_token_id=0,
         bos_token_id=None,
         eos_token_id=None,  # a rollout ends by its length
@@ -39,8 +43,16 @@ def make_policy(seed: int) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def adapted(policy: Any) -> Any:
+    """The policy as a `peft.PeftModel`, of which a LoRA adapter on all linear layers is trained, and nothing else."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(policy, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
+
+
 def save(policy: Any, folder: Path) -> Path:
-    """A checkpoint as any engine reads it, tokenizer included; returns the folder."""
+    """A checkpoint as any engine reads it, tokenizer included, or of an adapted policy its adapter; returns the
+    folder."""
     logging.disable_progress_bar()
     policy.save_pretrained(folder)
     tokenizer = Tokenizer(models.BPE(vocab={token: id for id, token in enumerate(VOCABULARY)}, merges=[]))
@@ -49,10 +61,15 @@ def save(policy: Any, folder: Path) -> Path:
     return folder
 
 
-def load(folder: Path) -> Any:
-    """The model of a checkpoint, for inference."""
+def load(folder: Path, adapter: Path | None = None) -> Any:
+    """The model of a checkpoint, for inference; as PEFT loads it, if there is an adapter to it."""
     logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if adapter is None:
+        return policy
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(policy, adapter)
 
 
 def encode(text: str) -> list[int]:

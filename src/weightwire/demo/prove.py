@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from weightwire.demo import model, task
-from weightwire.demo.serving import Completion, EngineKind, Serving, fresh
+from weightwire.demo.serving import Completion, EngineKind, Mode, Serving, Weights, fresh
 
 __all__ = ["Recording", "Verdict", "chosen_versions", "prove", "record"]
 
@@ -19,7 +19,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     """A version: its weights on disk, and what the updated engine answered while it was live."""
 
     version: int
-    checkpoint: Path
+    weights: Weights
     answers: tuple[Completion, ...]
 
 
@@ -61,17 +61,21 @@ def chosen_versions(steps: int) -> tuple[int, ...]:
     return (1, (steps + 1) // 2, steps)
 
 
-def record(version: int, policy: Any, serving: Serving, folder: Path) -> Recording:
-    """Keep the weights of the version that is live now, and its greedy answers."""
-    checkpoint = model.save(policy, folder / f"version-{version}")
-    return Recording(version=version, checkpoint=checkpoint, answers=_greedy(serving))
+def record(version: int, policy: Any, mode: Mode, base: Path, serving: Serving, folder: Path) -> Recording:
+    """Keep the weights of the version that is live now, and its greedy answers. `base` is the checkpoint that an
+    adapter is for."""
+    saved = model.save(policy, folder / f"version-{version}")
+    weights = Weights(checkpoint=base, adapter=saved) if mode == "adapter" else Weights(checkpoint=saved)
+    return Recording(version=version, weights=weights, answers=_greedy(serving))
 
 
-def prove(recordings: Sequence[Recording], kind: EngineKind, folder: Path) -> Generator[Verdict, None, None]:
+def prove(
+    recordings: Sequence[Recording], kind: EngineKind, mode: Mode, folder: Path
+) -> Generator[Verdict, None, None]:
     """Load each version into a fresh engine of its own, ask it the same, and compare exactly."""
     with ExitStack() as stack:
         # Started together: most of a start runs on one core.
-        engines = [stack.enter_context(fresh(kind, recording.checkpoint, folder)) for recording in recordings]
+        engines = [stack.enter_context(fresh(kind, mode, recording.weights, folder)) for recording in recordings]
         for recording, engine in zip(recordings, engines, strict=True):
             engine.wait_until_ready()
             yield compare(recording, _greedy(engine), same_as=_twin(recording, recordings))
@@ -79,9 +83,7 @@ def prove(recordings: Sequence[Recording], kind: EngineKind, folder: Path) -> Ge
 
 def compare(recording: Recording, expected: Sequence[Completion], *, same_as: int | None = None) -> Verdict:
     """The verdict on answers that ought to be `expected`."""
-    served = [pair for answer in recording.answers for pair in zip(answer.tokens, answer.logprobs, strict=True)]
-    wanted = [pair for answer in expected for pair in zip(answer.tokens, answer.logprobs, strict=True)]
-    pairs = list(zip(served, wanted, strict=True))
+    pairs = list(zip(_said(recording.answers), _said(expected), strict=True))
     differences = [abs(served_logprob - logprob) for (_, served_logprob), (_, logprob) in pairs]
     first = recording.answers[0]
     return Verdict(
@@ -90,14 +92,19 @@ def compare(recording: Recording, expected: Sequence[Completion], *, same_as: in
         tokens_differing=sum(token != wanted for (token, _), (wanted, _) in pairs),
         logprobs_differing=sum(difference != 0.0 for difference in differences),
         largest_difference=max(differences),
-        sample=f"{first.prompt} -> {''.join(model.decode(first.tokens))}",
+        sample=f"{first.model}: {first.prompt} -> {''.join(model.decode(first.tokens))}",
         same_as=same_as,
     )
 
 
+def _said(answers: Iterable[Completion]) -> list[tuple[int, float]]:
+    """Every token with its log-probability."""
+    return [pair for answer in answers for pair in zip(answer.tokens, answer.logprobs, strict=True)]
+
+
 def _twin(recording: Recording, others: Iterable[Recording]) -> int | None:
-    twins = (o.version for o in others if o.version != recording.version and o.answers == recording.answers)
-    return next(twins, None)
+    said = _said(recording.answers)
+    return next((o.version for o in others if o.version != recording.version and _said(o.answers) == said), None)
 
 
 def _greedy(serving: Serving) -> tuple[Completion, ...]:

@@ -11,28 +11,30 @@ from pathlib import Path
 import jinja2
 
 from weightwire.demo import charts
+from weightwire.demo.model import RANK
 from weightwire.demo.progress import COLUMNS, PHASES, cells
 from weightwire.demo.prove import Verdict
-from weightwire.demo.serving import EngineKind
+from weightwire.demo.serving import EngineKind, Mode
 from weightwire.demo.train import Step
 
 __all__ = ["render", "write"]
 
 _BEFORE_PUBLISH = PHASES[:2]
+_UPDATES: dict[Mode, str] = {"dense": "the whole model", "adapter": f"a LoRA adapter of rank {RANK}"}
 
 
-def write(file: Path, *, kind: EngineKind, steps: Sequence[Step], verdicts: Sequence[Verdict]) -> None:
-    file.write_text(render(kind=kind, steps=steps, verdicts=verdicts), encoding="utf-8")
+def write(file: Path, *, kind: EngineKind, mode: Mode, steps: Sequence[Step], verdicts: Sequence[Verdict]) -> None:
+    file.write_text(render(kind=kind, mode=mode, steps=steps, verdicts=verdicts), encoding="utf-8")
 
 
-def render(*, kind: EngineKind, steps: Sequence[Step], verdicts: Sequence[Verdict]) -> str:
+def render(*, kind: EngineKind, mode: Mode, steps: Sequence[Step], verdicts: Sequence[Verdict]) -> str:
     """The page. It loads nothing: style, curves and figures are in it."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
     page: str = environment.get_template("report.html").render(
         kind=kind,
-        facts=_facts(kind),
+        facts={"update": _UPDATES[mode], **_facts(kind)},
         steps=steps,
         verdicts=verdicts,
         passed=all(verdict.passed for verdict in verdicts),

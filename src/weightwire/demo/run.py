@@ -15,7 +15,7 @@ import torch
 from weightwire.demo import model, report
 from weightwire.demo.progress import Progress
 from weightwire.demo.prove import Recording, chosen_versions, prove, record
-from weightwire.demo.serving import EngineKind, Serving, serve
+from weightwire.demo.serving import EngineKind, Mode, serve
 from weightwire.demo.train import Step, train
 from weightwire.errors import UsageError
 from weightwire.publisher import Publisher
@@ -25,7 +25,7 @@ __all__ = ["run"]
 _FEWEST_STEPS = 3
 
 
-def run(kind: EngineKind, *, steps: int, seed: int, report_file: Path, progress: Progress) -> bool:
+def run(kind: EngineKind, mode: Mode, *, steps: int, seed: int, report_file: Path, progress: Progress) -> bool:
     """Whether every chosen version was proven. Whatever happens, nothing that was started is left behind."""
     if steps < _FEWEST_STEPS:
         raise UsageError(f"--steps {steps}", next_step=f"Take {_FEWEST_STEPS} or more: three versions are proven.")
@@ -34,44 +34,40 @@ def run(kind: EngineKind, *, steps: int, seed: int, report_file: Path, progress:
     start = time.monotonic()
     with _stopped_like_ctrl_c(), _one_thread(), tempfile.TemporaryDirectory(prefix="weightwire-demo-") as scratch:
         folder = Path(scratch)
-        policy = model.make_policy(seed)
-        history, recordings = _learn(policy, kind, steps, folder, progress)
+        history, recordings = _learn(model.make_policy(seed), kind, mode, steps, folder, progress)
         progress.note(f"proof: {len(recordings)} fresh engines, each loaded with the saved weights of one version")
         verdicts = []
-        with contextlib.closing(prove(recordings, kind, folder)) as proofs:
+        with contextlib.closing(prove(recordings, kind, mode, folder)) as proofs:
             for verdict in proofs:
                 verdicts.append(verdict)
                 progress.verdict(verdict)
-    report.write(report_file, kind=kind, steps=history, verdicts=verdicts)
+    report.write(report_file, kind=kind, mode=mode, steps=history, verdicts=verdicts)
     passed = all(verdict.passed for verdict in verdicts)
     progress.end(_summary(history, passed, report_file, time.monotonic() - start))
     return passed
 
 
 def _learn(
-    policy: Any, kind: EngineKind, steps: int, folder: Path, progress: Progress
+    policy: Any, kind: EngineKind, mode: Mode, steps: int, folder: Path, progress: Progress
 ) -> tuple[list[Step], list[Recording]]:
     progress.note(f"starting the engine: {kind}")
     start = time.monotonic()
-    with serve(kind, model.save(policy, folder / "version-0"), folder) as serving:
+    base = model.save(policy, folder / "version-0")
+    if mode == "adapter":
+        policy = model.adapted(policy)
+    history, recordings = [], []
+    with serve(kind, mode, base, folder) as serving:
         serving.wait_until_ready()
         progress.note(f"ready in {time.monotonic() - start:.0f} s")
         with serving.engines() as engines, Publisher(policy, engines) as publisher:
             # The rollouts that the first step learns from have a version as well.
             progress.note(str(publisher.publish(version=0)))
-            return _train(policy, serving, publisher, steps, folder, progress)
-
-
-def _train(
-    policy: Any, serving: Serving, publisher: Publisher, steps: int, folder: Path, progress: Progress
-) -> tuple[list[Step], list[Recording]]:
-    history, recordings = [], []
-    with progress:
-        for step in train(policy, serving, publisher, steps=steps):
-            history.append(step)
-            progress.step(step)
-            if step.version in chosen_versions(steps):
-                recordings.append(record(step.version, policy, serving, folder))
+            with progress:
+                for step in train(policy, mode, serving, publisher, steps=steps):
+                    history.append(step)
+                    progress.step(step)
+                    if step.version in chosen_versions(steps):
+                        recordings.append(record(step.version, policy, mode, base, serving, folder))
     return history, recordings
 
 

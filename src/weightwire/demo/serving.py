@@ -10,17 +10,28 @@ from typing import Literal, Protocol, Self
 
 import msgspec
 
-from weightwire.engines.connect import Engines
+from weightwire.connection import Engines
 from weightwire.errors import UsageError
 
-__all__ = ["Completion", "EngineKind", "Serving", "Updatable", "fresh", "serve"]
+__all__ = ["Completion", "EngineKind", "Mode", "Serving", "Updatable", "Weights", "fresh", "serve"]
 
 EngineKind = Literal["vllm", "transformers"]
+Mode = Literal["dense", "adapter"]
+"""What is trained and put into the engine: the whole model, or a LoRA adapter to it."""
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy on disk: a checkpoint, and the folder of an adapter to it, if that is what was trained."""
+
+    checkpoint: Path
+    adapter: Path | None = None
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine made of a prompt: the tokens it drew, and the log-probability it gave to each."""
+    """What an engine made of a prompt: the tokens it drew, and the log-probability it gave to each. `model` is who says
+    that it was, of an adapter its revision."""
 
+    model: str
     prompt: str
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
@@ -48,8 +59,9 @@ class Updatable(Serving, Protocol):
         """Where to publish; once it is ready, and for the caller to close."""
 
 
-def serve(kind: EngineKind, checkpoint: Path, folder: Path) -> Updatable:
-    """An engine that serves `checkpoint` and takes updates; `folder` is for its log and its token."""
+def serve(kind: EngineKind, mode: Mode, checkpoint: Path, folder: Path) -> Updatable:
+    """An engine that has `checkpoint` and takes updates; `folder` is for its log and its token. With an adapter, there
+    is a policy to complete once a version of it was published."""
     if kind == "vllm":
         if importlib.util.find_spec("vllm") is None:
             raise UsageError(
@@ -58,18 +70,18 @@ def serve(kind: EngineKind, checkpoint: Path, folder: Path) -> Updatable:
             )
         from weightwire.demo.completions import ServedPolicy
 
-        return ServedPolicy(checkpoint, folder)
+        return ServedPolicy(mode, checkpoint, folder)
     from weightwire.demo.local import LocalPolicy
 
-    return LocalPolicy(checkpoint)
+    return LocalPolicy(mode, Weights(checkpoint=checkpoint))
 
 
-def fresh(kind: EngineKind, checkpoint: Path, folder: Path) -> Serving:
-    """An engine that has `checkpoint` from the disk and never saw an update."""
+def fresh(kind: EngineKind, mode: Mode, weights: Weights, folder: Path) -> Serving:
+    """An engine that has `weights` from the disk and never saw an update."""
     if kind == "vllm":
         from weightwire.demo.completions import StockPolicy
 
-        return StockPolicy(checkpoint, folder)
+        return StockPolicy(mode, weights, folder)
     from weightwire.demo.local import LocalPolicy
 
-    return LocalPolicy(checkpoint)
+    return LocalPolicy(mode, weights)

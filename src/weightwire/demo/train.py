@@ -11,13 +11,13 @@ import torch
 
 from weightwire.demo import task
 from weightwire.demo.model import decode, encode
-from weightwire.demo.serving import Completion, Serving
+from weightwire.demo.serving import Completion, Mode, Serving
 from weightwire.publisher import Publisher
 
 __all__ = ["Step", "train"]
 
 _ROLLOUTS_PER_PROMPT = 8
-_LEARNING_RATE = 2e-3
+_LEARNING_RATES: dict[Mode, float] = {"dense": 2e-3, "adapter": 5e-3}
 _MAX_GRADIENT_NORM = 1.0
 _PUBLISH_SECONDS = 120.0
 
@@ -39,9 +39,10 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     pause: float
 
 
-def train(policy: Any, serving: Serving, publisher: Publisher, *, steps: int) -> Iterator[Step]:
+def train(policy: Any, mode: Mode, serving: Serving, publisher: Publisher, *, steps: int) -> Iterator[Step]:
     """Yields each step once its version is live."""
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=_LEARNING_RATE)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATES[mode])
     for step in range(1, steps + 1):
         start = time.perf_counter()
         rollouts = serving.complete(task.PROMPTS, n=_ROLLOUTS_PER_PROMPT, length=task.LENGTH, temperature=1.0)
@@ -52,7 +53,7 @@ def train(policy: Any, serving: Serving, publisher: Publisher, *, steps: int) ->
         loss = policy_gradient_loss(logprobs, rewards)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), _MAX_GRADIENT_NORM)
+        torch.nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
         optimizer.step()
         learned = time.perf_counter()
 

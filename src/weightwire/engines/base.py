@@ -19,7 +19,8 @@ Pause = Literal["keep", "wait", "abort"]
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine says of itself. `version` is None until a first update; `offers` answers each transport offered
-    (None: it can be used; else why not); `update` is who holds the engine, and until when."""
+    (None: it can be used; else why not); `update` is who holds the engine, and until when. `spent` is the newest
+    version that each adapter's name ever had here: later ones must be higher, also after it was unloaded."""
 
     engine: str
     model: str
@@ -30,6 +31,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     update: dict[str, Any] | None = None
     offers: dict[str, str | None] = {}
     adapters: list[dict[str, Any]] = []
+    spent: dict[str, int] = {}
     receipt: EngineReceipt | None = None
 
 
@@ -69,6 +71,9 @@ class Engine(Protocol):
 
     def abort(self, id: str, *, timeout: float) -> None:
         """Forget the update; the old version serves on."""
+
+    def unload(self, name: str, *, timeout: float) -> None:
+        """Serve a LoRA adapter no more. Raises `AdapterNotFound` when it is not loaded."""
 
     def check_caller(self) -> None:
         """Raise `UsageError` on a thread that the engine needs itself, where a publish would wait for ever."""

@@ -28,6 +28,7 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.receiver import decode_reply, encode_call
+from weightwire.revisions import Revision
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt, Proof, weakest
 
@@ -66,12 +67,21 @@ class Host(Protocol):
     async def label(self, version: int) -> None:
         """Put the version on outputs, where the engine can."""
 
+    def in_use(self) -> dict[str, Any]:
+        """What this side may hand to requests or has in flight: the arguments of `Receiver.adapters`."""
+
+    def list(self, revisions: Sequence[Revision]) -> None:
+        """From now on, new requests find these adapters, each name's newest last, and no others of ours."""
+
 
 class Control:
     """The steps of an update, for every rank of the engine that `host` is part of."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
+        self.stale = False
+        """Whether new requests on this side may not find the adapters that the ranks have."""
+        self._refreshing = asyncio.Lock()
 
     async def status(self, offers: Sequence[str], timeout: float) -> EngineStatus:
         ranks = await self._all("status", timeout)
@@ -91,6 +101,8 @@ class Control:
             poisoned=poisoned,
             update=first["update"],
             offers={offer: next((r[offer] for r in refusals if r[offer]), None) for offer in offers},
+            adapters=first["adapters"],
+            spent=first["spent"],
             receipt=first["receipt"] and msgspec.convert(first["receipt"], EngineReceipt),
         )
 
@@ -123,9 +135,11 @@ class Control:
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. From here on the lease
         # cannot end, since a pause may have to wait for long requests.
         hold = timeout + _CLEAN_UP_SECONDS
-        for rank in await self._all("poll", timeout, phase="commit", id=id, hold=hold):
-            if rank["state"] != "sealed":
-                raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
+        ranks = await self._all("poll", timeout, phase="commit", id=id, hold=hold)
+        if any(rank["state"] != "sealed" for rank in ranks):
+            raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
+        if ranks[0]["kind"] == "adapter":
+            return await self._commit_adapter(id, deadline)
         started = time.monotonic()
         try:
             await self._in_time(self.host.pause(pause, not keep_cache), timeout, "pause")
@@ -146,6 +160,34 @@ class Control:
         receipt = self._receipt(parts, resumed - started, time.monotonic() - resumed, proven)
         await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
         return receipt
+
+    async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
+        """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""
+        self.stale = True
+        try:
+            parts = await self._all("commit", deadline - time.monotonic(), id=id)
+        except BaseException:
+            await self._clean_up("abort", id=id, reason="another rank could not keep it")
+            self.stale = False
+            raise
+        await self.refresh(max(deadline - time.monotonic(), _CLEAN_UP_SECONDS))
+        receipt = self._receipt(parts, 0.0, 0.0, await self._prove(id, deadline))
+        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
+        return receipt
+
+    async def refresh(self, timeout: float) -> None:
+        """Let new requests on this side find the adapters that all ranks have. One at a time: what is reported as in
+        use must be what the answer to the report before has listed."""
+        async with self._refreshing:
+            ranks = await self._all("adapters", timeout, **self.host.in_use())
+            common = set.intersection(*({Revision(*revision) for revision in rank} for rank in ranks))
+            self.host.list([revision for entry in ranks[0] if (revision := Revision(*entry)) in common])
+            self.stale = False
+
+    async def unload(self, name: str, timeout: float) -> None:
+        """Serve an adapter no more; requests in flight finish."""
+        await self._all("unload", timeout, name=name)
+        await self.refresh(timeout)
 
     async def _apply(self, id: str, deadline: float) -> list[dict[str, Any]]:
         try:
@@ -191,11 +233,16 @@ class Control:
         seconds["verify"] = verifying
         return msgspec.convert(
             {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": paused,
-             "proven": proven}, EngineReceipt,
+             "proven": proven, "held": [part["held"] for part in parts if part["held"] is not None]}, EngineReceipt,
         )  # fmt: skip
 
     async def abort(self, id: str, timeout: float) -> None:
-        await self._all("abort", timeout, id=id)
+        if any(await self._all("abort", timeout, id=id)):
+            await self.refresh(timeout)  # it was an adapter's, and had been committed
+
+    async def give_up(self, id: str, reason: str) -> None:
+        """Abort, on the way out of a failure: what goes wrong in here is logged and no more."""
+        await self._clean_up("abort", id=id, reason=reason)
 
     # -- asking every rank -----------------------------------------------------------------------------------------
 
@@ -221,7 +268,9 @@ class Control:
         # A worker of vLLM spins for a second after each call, against the threads that do our work. One that lingers
         # in the call does not.
         linger = _LINGER_SECONDS if self.host.idle else 0.0
-        return await self._all("poll", deadline - time.monotonic(), phase=phase, id=id, linger=linger)
+        # While bytes arrive they keep the lease; while an engine makes ready, whoever waits for it here does.
+        hold = _CLEAN_UP_SECONDS if phase == "seal" else 0.0
+        return await self._all("poll", deadline - time.monotonic(), phase=phase, id=id, linger=linger, hold=hold)
 
     async def _all(
         self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any

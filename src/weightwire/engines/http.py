@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import msgspec
 
@@ -80,6 +80,9 @@ class HttpEngine:
 
     def abort(self, id: str, *, timeout: float) -> None:
         self._call("DELETE", f"/updates/{id}", timeout, phase="abort")
+
+    def unload(self, name: str, *, timeout: float) -> None:
+        self._call("DELETE", f"/adapters/{quote(name, safe='')}", timeout, phase="unload")
 
     def check_caller(self) -> None:
         pass

@@ -52,6 +52,9 @@ class LocalEngine:
     def abort(self, id: str, *, timeout: float) -> None:
         self._run(lambda: self._control.abort(id, timeout), timeout)
 
+    def unload(self, name: str, *, timeout: float) -> None:
+        self._run(lambda: self._control.unload(name, timeout), timeout)
+
     def close(self) -> None:
         pass
 

@@ -18,10 +18,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
+from weightwire.engines.adapter_body import load_body
 from weightwire.engines.base import Begun, EngineStatus, Pause
 from weightwire.engines.control import Control
 from weightwire.engines.http import TOKEN_HEADER
 from weightwire.errors import (
+    AdapterNotFound,
     AuthError,
     DeadlineError,
     EngineError,
@@ -32,16 +34,17 @@ from weightwire.errors import (
     UsageError,
     WeightwireError,
 )
-from weightwire.updates.manifest import Manifest, decode_manifest
+from weightwire.updates.manifest import AdapterName, Manifest, decode_manifest
 from weightwire.updates.receipt import EngineReceipt
 
-__all__ = ["MAX_BUCKET_BODY", "MAX_JSON_BODY", "TOKEN_HEADER", "error_response", "router"]
+__all__ = ["MAX_ADAPTER_BODY", "MAX_BUCKET_BODY", "MAX_JSON_BODY", "TOKEN_HEADER", "error_response", "router"]
 
 logger = logging.getLogger("vllm.weightwire.routes")
 
 PREFIX = "/v1/weightwire"
 MAX_JSON_BODY = 64 << 20
 MAX_BUCKET_BODY = 128 << 20
+MAX_ADAPTER_BODY = 2 << 30
 _MAX_SECONDS = 3600.0
 _WATCH_SECONDS = 1.0
 T = TypeVar("T")
@@ -68,6 +71,10 @@ class SealBody(msgspec.Struct, forbid_unknown_fields=True):
 class CommitBody(msgspec.Struct, forbid_unknown_fields=True):
     pause: Pause = "keep"
     keep_cache: bool = False
+
+
+class _Safetensors:
+    """In place of a body's type: raw bytes, of a whole adapter."""
 
 
 def router(control: Callable[[Request], Control], token: Callable[[Request], str | None]) -> APIRouter:
@@ -145,6 +152,29 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
         """Forget an update. One that is no more is forgotten already."""
         await control.abort(_id(request), _seconds(request))
 
+    @route("PUT", "/adapters/{name}", body=_Safetensors, reply=EngineReceipt)
+    async def load(request: Request, control: Control, data: bytes) -> EngineReceipt:
+        """Load a LoRA adapter, or a new revision of one: a safetensors body with its config in the metadata."""
+        version = request.query_params.get("version")
+        if version is not None and not (version.isascii() and version.isdigit() and len(version) < 20):
+            raise UsageError(f"version={version[:32]!r}", next_step="A version is a non-negative integer.")
+        number = None if version is None else int(version)
+        return await asyncio.shield(load_body(control, _name(request), number, data, _seconds(request)))
+
+    @route("GET", "/adapters/{name}", reply=dict[str, Any])
+    async def adapter(request: Request, control: Control, _: bytes) -> dict[str, Any]:
+        """An adapter's newest version, and those that can be pinned."""
+        name = _name(request)
+        for found in (await control.status((), _seconds(request))).adapters:
+            if found["name"] == name:
+                return found
+        raise AdapterNotFound(f"no adapter {name!r} is loaded")
+
+    @route("DELETE", "/adapters/{name}", status=204)
+    async def unload(request: Request, control: Control, _: bytes) -> None:
+        """Serve an adapter no more; requests in flight finish."""
+        await control.unload(_name(request), _seconds(request))
+
     return routes
 
 
@@ -204,6 +234,17 @@ def _id(request: Request) -> str:
     return id
 
 
+def _name(request: Request) -> str:
+    name = str(request.path_params["name"])
+    try:
+        return msgspec.convert(name, AdapterName)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"{name[:64]!r} is no name of an adapter",
+            next_step="Take letters, digits, dots, dashes and underscores, 128 at most.",
+        ) from error
+
+
 def _parsed(data: bytes, type: type[T]) -> T:
     try:
         return msgspec.json.decode(data or b"{}", type=type)
@@ -212,7 +253,7 @@ def _parsed(data: bytes, type: type[T]) -> T:
 
 
 def _limit(body: Any) -> int:
-    return MAX_BUCKET_BODY if body is bytes else MAX_JSON_BODY
+    return {bytes: MAX_BUCKET_BODY, _Safetensors: MAX_ADAPTER_BODY}.get(body, MAX_JSON_BODY)
 
 
 async def _read(request: Request, limit: int) -> bytes:
@@ -261,7 +302,7 @@ def _describe(body: Any, path: str) -> dict[str, Any]:
         {"name": TOKEN_HEADER, "in": "header", "schema": {"type": "string"}},
     ]
     described: dict[str, Any] = {"parameters": parameters}
-    if body is bytes:
+    if body in (bytes, _Safetensors):
         schema: dict[str, Any] = {"type": "string", "format": "binary"}
         described["requestBody"] = {"content": {"application/octet-stream": {"schema": schema}}, "required": True}
     elif body is not None:

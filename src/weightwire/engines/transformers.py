@@ -6,9 +6,10 @@ the model; a `generate` in flight finishes first, whatever `pause` asks for, sin
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -17,16 +18,20 @@ import torch
 from weightwire import transports
 from weightwire.engines.base import Pause
 from weightwire.engines.local import LocalEngine, in_thread
+from weightwire.engines.transformers_adapters import ModuleAdapters
 from weightwire.errors import (
+    AdapterNotFound,
     EngineLost,
     MissingTensor,
     NonFinite,
     PoisonedError,
     ShapeMismatch,
     UnknownTensor,
+    UsageError,
     VerificationError,
 )
-from weightwire.receiver import Receiver
+from weightwire.receiver import AdapterStaging, Receiver
+from weightwire.revisions import Revision
 from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
@@ -37,12 +42,17 @@ __all__ = ["ModuleTarget", "TransformersEngine"]
 class ModuleTarget:
     """The `Target` port for a module whose state is plain CPU or GPU tensors under checkpoint names."""
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, adapters: ModuleAdapters) -> None:
+        self._adapters = adapters
 
     def prepare(self, manifest: Manifest) -> _Staged:
-        live = {name: t for name, t in self._module.state_dict(keep_vars=True).items() if isinstance(t, torch.Tensor)}
-        return _Staged(manifest, check(manifest, live))
+        return _Staged(manifest, check(manifest, self._adapters.state()))
+
+    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
+        return self._adapters.prepare(manifest, revision)
+
+    def drop(self, revision: Revision) -> None:
+        self._adapters.drop(revision)
 
     def room(self) -> int:
         return int(psutil.virtual_memory().available)
@@ -145,7 +155,10 @@ class _Host:
         self.name = name
         self.model = type(module).__name__
         self.idle = False  # its receiver is asked from a thread, beside the model
-        self.receiver = Receiver(ModuleTarget(module), transports.fetch, probe=transports.probe, sweep=transports.sweep)
+        self.adapters = ModuleAdapters(module, lock)
+        target = ModuleTarget(self.adapters)
+        self.receiver = Receiver(target, transports.fetch, probe=transports.probe, sweep=transports.sweep)
+        self.names: dict[str, Revision] = {}
         self.refusal: str | None = None
         self._lock = lock
         self._release = threading.Event()
@@ -182,12 +195,19 @@ class _Host:
     async def label(self, version: int) -> None:
         pass
 
+    def in_use(self) -> dict[str, Any]:
+        # What is listed here needs no mention: a name is looked up with the lock held, under which revisions go.
+        return {"in_use": self.adapters.in_use()}
+
+    def list(self, revisions: Sequence[Revision]) -> None:
+        self.names = {name: revision for revision in revisions for name in (revision.name, revision.label)}
+
 
 class TransformersEngine(LocalEngine):
     """A model from Transformers (or any module that generates) in this process.
 
     While the engine is connected, the model's own `generate` and forward pass wait for a commit under way, and raise
-    `PoisonedError` after one that failed. `close()` takes that away again.
+    `PoisonedError` after one that failed. `close()` takes that away again, and every adapter.
     """
 
     def __init__(self, model: torch.nn.Module, *, name: str | None = None) -> None:
@@ -213,6 +233,34 @@ class TransformersEngine(LocalEngine):
         if self._generate is not None:
             self.model.__dict__.pop("generate", None)
         self._host.receiver.close()
+        self._host.adapters.clear()
+
+    @contextlib.contextmanager
+    def adapter(self, name: str) -> Iterator[str]:
+        """Inside, the model computes with an adapter that was loaded: `policy` is its newest revision now, `policy@7`
+        that one. Gives the revision's label (`policy@7`). Raises `AdapterNotFound`.
+
+        Other threads wait for the model until the block ends, and so do updates; blocks may be nested.
+        """
+        with self._lock:
+            revision = self._host.names.get(name)
+            if revision is None or not self._host.adapters.holds(revision):
+                raise AdapterNotFound(
+                    f"no adapter {name!r} is loaded",
+                    engine=self.name,
+                    next_step=f"Loaded are: {', '.join(sorted(self._host.names)) or 'none'}.",
+                )
+            with self._host.adapters.serving(revision):
+                yield revision.label
+
+    def check_caller(self) -> None:
+        super().check_caller()
+        if self._host.adapters.inside == threading.get_ident():
+            raise UsageError(
+                "called inside `with engine.adapter(...)`, for the end of which an update waits",
+                engine=self.name,
+                next_step="Leave the block first.",
+            )
 
     def _enter(self, *_: object) -> None:
         # Released in `_leave`, which torch calls also when this raises.

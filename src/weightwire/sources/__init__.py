@@ -12,6 +12,7 @@ import torch
 from weightwire.errors import UsageError
 from weightwire.sources.base import Source
 from weightwire.sources.checkpoint import CheckpointSource
+from weightwire.sources.peft import AdapterFolderSource, PeftSource, has_adapter, is_adapter
 from weightwire.sources.tensors import ModuleSource, TensorSource, state_of
 
 __all__ = ["Source", "find"]
@@ -29,18 +30,19 @@ def find(source: object, *, timeout: float) -> Source:
         return cast(Source, source)
     if isinstance(source, torch.nn.Module):
         if _is_sharded(source):
-            from weightwire.sources.fsdp import FsdpSource
+            from weightwire.sources.fsdp import FsdpPeftSource, FsdpSource
 
-            return FsdpSource(source, timeout=timeout)
-        return ModuleSource(source)
+            sharded = FsdpPeftSource if has_adapter(source) else FsdpSource
+            return sharded(source, timeout=timeout)
+        return PeftSource(source) if has_adapter(source) else ModuleSource(source)
     if isinstance(source, Mapping):
         return TensorSource(source)
     if isinstance(source, str | os.PathLike):
-        return CheckpointSource(source)
+        return AdapterFolderSource(source) if is_adapter(source) else CheckpointSource(source)
     raise UsageError(
         f"{type(source).__name__} is no source of weights",
-        next_step="Pass a torch.nn.Module, a mapping of names to tensors, the path of a safetensors checkpoint, "
-        "or an object with the methods of weightwire.sources.Source.",
+        next_step="Pass a torch.nn.Module, a mapping of names to tensors, the path of a safetensors checkpoint or of "
+        "an adapter, or an object with the methods of weightwire.sources.Source.",
     )
 
 

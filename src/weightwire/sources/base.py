@@ -7,7 +7,7 @@ needs more memory than the bucket being filled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -31,6 +31,11 @@ class Source(Protocol):
     def ranks(self) -> Ranks | None:
         """The trainer's ranks that must read together; None when each process has everything."""
 
+    @property
+    def lora(self) -> Mapping[str, Any] | None:
+        """The config, of a source that is a LoRA adapter, as of the last `metadata()`; None for whole models. A source
+        without this attribute is a whole model too."""
+
     def metadata(self) -> Sequence[TensorSpec]:
         """Every tensor's name, dtype and full shape, without moving data."""
 
@@ -50,6 +55,7 @@ class LocalSource:
 
     ranks: Ranks | None = None
     aliases: Mapping[str, str] = {}
+    lora: Mapping[str, Any] | None = None
 
     def named(self) -> Mapping[str, torch.Tensor]:
         """The tensors, each under one name."""

@@ -16,9 +16,9 @@ from weightwire.sources.ranks import Ranks
 from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["CheckpointSource"]
+__all__ = ["INDEX", "WHOLE", "CheckpointSource", "open_file"]
 
-_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -52,6 +52,7 @@ class CheckpointSource:
     """
 
     ranks: Ranks | None = None
+    lora: Mapping[str, Any] | None = None
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.aliases: Mapping[str, str] = {}
@@ -72,7 +73,7 @@ class CheckpointSource:
         file, spec = self._places[tensor]
         if self._open is None or self._open[0] != file:
             self._open = None
-            self._open = (file, _opened(file))
+            self._open = (file, open_file(file))
         try:
             whole = self._open[1].get_tensor(spec.name)
         except (SafetensorError, RuntimeError) as error:
@@ -101,9 +102,9 @@ def _files(path: Path) -> Iterator[tuple[Path, list[str] | None]]:
                 f"{path} is no .safetensors file", next_step="Save the weights as safetensors; pickle is never read."
             )
         yield path, None
-    elif (path / _WHOLE).is_file():
-        yield path / _WHOLE, None
-    elif (path / _INDEX).is_file():
+    elif (path / WHOLE).is_file():
+        yield path / WHOLE, None
+    elif (path / INDEX).is_file():
         yield from _shards(path)
     else:
         raise _no_checkpoint(path)
@@ -111,23 +112,23 @@ def _files(path: Path) -> Iterator[tuple[Path, list[str] | None]]:
 
 def _shards(folder: Path) -> Iterator[tuple[Path, list[str]]]:
     try:
-        index = msgspec.json.decode((folder / _INDEX).read_bytes(), type=_Index)
+        index = msgspec.json.decode((folder / INDEX).read_bytes(), type=_Index)
     except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
-        raise SourceError(f"{folder / _INDEX} is no index of a checkpoint: {error}") from error
+        raise SourceError(f"{folder / INDEX} is no index of a checkpoint: {error}") from error
     for shard in sorted(set(index.weight_map.values())):
         # An index comes with a checkpoint from anywhere; it may name its neighbours only.
         if Path(shard).name != shard or "\\" in shard or not shard.endswith(".safetensors"):
             raise SourceError(
-                f"{folder / _INDEX} names the file {shard!r}",
+                f"{folder / INDEX} names the file {shard!r}",
                 next_step="A shard must be a .safetensors file in the same folder.",
             )
         if not (folder / shard).is_file():
-            raise SourceError(f"{folder / _INDEX} names {shard!r}, which is not there", next_step="Copy every shard.")
+            raise SourceError(f"{folder / INDEX} names {shard!r}, which is not there", next_step="Copy every shard.")
         yield folder / shard, [name for name, file in index.weight_map.items() if file == shard]
 
 
 def _specs(file: Path, names: Sequence[str] | None) -> Iterator[TensorSpec]:
-    opened = _opened(file)
+    opened = open_file(file)
     # In the order of their bytes, where this safetensors can tell.
     present: list[str] = getattr(opened, "offset_keys", opened.keys)()
     wanted = set(present if names is None else names)
@@ -144,7 +145,8 @@ def _specs(file: Path, names: Sequence[str] | None) -> Iterator[TensorSpec]:
             yield TensorSpec(name=name, dtype=dtype, shape=tuple(header.get_shape()))
 
 
-def _opened(file: Path) -> Any:
+def open_file(file: Path) -> Any:
+    """A mapped safetensors file; `SourceError` if it is none."""
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
@@ -161,4 +163,4 @@ def _no_checkpoint(folder: Path) -> SourceError:
         next_step = f"It has {pickles[0]}, but pickle is never read: save with safe_serialization=True."
     else:
         next_step = "Pass the folder that save_pretrained wrote, or a .safetensors file."
-    return SourceError(f"{folder} has neither {_WHOLE} nor {_INDEX}", next_step=next_step)
+    return SourceError(f"{folder} has neither {WHOLE} nor {INDEX}", next_step=next_step)

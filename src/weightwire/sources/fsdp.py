@@ -6,8 +6,9 @@ just that to rank 0, a few MiB at a time.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,13 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from weightwire.errors import SourceError, UnsupportedError, WeightwireError
 from weightwire.sources.base import spec_of, without_aliases
+from weightwire.sources.peft import PeftAdapter
 from weightwire.sources.ranks import Ranks
 from weightwire.sources.tensors import state_of
+from weightwire.updates.adapter import check_adapter
 from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.digest import NO_DIGEST, Scan, scan_box
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["FsdpSource", "held_run", "holders"]
+__all__ = ["FsdpPeftSource", "FsdpSource", "held_run", "holders"]
 
 _MESSAGE_BYTES = 4 << 20
 
@@ -31,11 +34,19 @@ class FsdpSource:
     """A module whose state is sharded over all ranks of the default process group. Collective, as is every method.
 
     Plain tensors among the state are taken to be the same on every rank. A rank that does not come within `timeout`
-    seconds is a `SourceError` on the others.
+    seconds is a `SourceError` on the others. `state` says what to read, by name, if that is not all of the module.
     """
 
-    def __init__(self, module: torch.nn.Module, *, timeout: float = 600.0) -> None:
-        self._module = module
+    lora: Mapping[str, Any] | None = None
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        *,
+        timeout: float = 600.0,
+        state: Callable[[], Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self._state = state or (lambda: state_of(module))
         self.ranks = Ranks.over_default_group(timeout)
         self.aliases: Mapping[str, str] = {}
         self._specs: list[TensorSpec] = []
@@ -52,7 +63,7 @@ class FsdpSource:
         listed: bytes | None = None
         error: WeightwireError | None = None
         try:
-            held = {name: _held(name, tensor) for name, tensor in state_of(self._module).items()}
+            held = {name: _held(name, tensor) for name, tensor in self._state().items()}
             listed = msgspec.json.encode(_listing(held)) if self.ranks.rank == 0 else None
         except Exception as failed:
             error = _as_error(failed, "the module's state")
@@ -131,6 +142,41 @@ class FsdpSource:
                 row[: 1 + 2 * len(each.spec.shape)] = torch.tensor((1, *each.box.start, *each.box.shape))
         tables = [gathered.tolist() for gathered in self.ranks.gather(table)]
         return [[_box_in(rows[number], len(each.spec.shape)) for rows in tables] for number, each in enumerate(held)]
+
+
+class FsdpPeftSource(FsdpSource):
+    """An adapter of a module that PEFT has adapted and that is sharded over all ranks; see `sources.peft.PeftAdapter`.
+
+    Collective, as is every method. Raises on all ranks what `weightwire.updates.adapter.check_adapter` does.
+    """
+
+    def __init__(self, module: torch.nn.Module, adapter: str | None = None, *, timeout: float = 600.0) -> None:
+        # Found only in there, where an error on one rank becomes the same on all.
+        self._find_adapter = functools.cache(lambda: PeftAdapter(module, adapter))
+        super().__init__(module, timeout=timeout, state=lambda: self._find_adapter().tensors())
+        try:
+            self.metadata()
+        except BaseException:
+            self.ranks.close()
+            raise
+        self.release()
+
+    def metadata(self) -> Sequence[TensorSpec]:
+        """See `FsdpSource.metadata`."""
+        specs = super().metadata()
+        error: WeightwireError | None = None
+        try:
+            if self.aliases:
+                tied, name = next(iter(self.aliases.items()))
+                raise UnsupportedError(
+                    f"{tied!r} and {name!r} are one tensor", next_step="Train an adapter without tied weights."
+                )
+            self.lora = self._find_adapter().config()
+            check_adapter(specs, self.lora)
+        except Exception as failed:
+            error = _as_error(failed, "the adapter")
+        self.ranks.agree(error)
+        return specs
 
 
 class _Held(NamedTuple):

@@ -9,7 +9,7 @@ import msgspec
 
 from weightwire.errors import ManifestError
 
-__all__ = ["DTYPES", "Manifest", "TensorSpec", "decode_manifest"]
+__all__ = ["DTYPES", "Adapter", "AdapterName", "Manifest", "TensorSpec", "decode_manifest"]
 
 DTYPES: dict[str, int] = {
     "bool": 1,
@@ -59,8 +59,19 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return self.numel * self.itemsize
 
 
+AdapterName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)]
+"""Of letters, digits, dots, dashes and underscores: it stands in URLs, and before an `@` for its revisions."""
+
+
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What makes an update one of a LoRA adapter: the name it is served under, and PEFT's config as plain data."""
+
+    name: AdapterName
+    config: dict[str, Any]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an update holds.
+    """What an update holds: a whole model, or with `adapter` a LoRA adapter under PEFT's names, of its own versions.
 
     `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
     engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
@@ -69,7 +80,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
-    kind: Literal["dense"] = "dense"
+    kind: Literal["dense", "adapter"] = "dense"
+    adapter: Adapter | None = None
     aliases: dict[Name, Name] = {}
     partial: bool = False
     finite: bool = True
@@ -81,6 +93,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def check(self) -> Manifest:
         """This manifest, or a `ManifestError` that names the first tensor at fault."""
+        if (self.kind == "adapter") != (self.adapter is not None):
+            raise ManifestError(f"kind {self.kind!r} {'without' if self.adapter is None else 'with'} an adapter's name")
+        if self.adapter is not None and (self.partial or self.aliases):
+            raise ManifestError("an adapter is sent whole, and has no aliases")
         names: set[str] = set()
         for name in (*(spec.name for spec in self.tensors), *self.aliases, *self.aliases.values()):
             if not name.isprintable():

@@ -2,5 +2,18 @@
 
 `plugin` is what vLLM loads. In a worker: `worker` answers calls, `target` holds the model, over `skeleton` (an empty
 twin of it), `copy_plan` (where each element goes) and `layout` (how each module takes new weights). In the API server:
-`server`, `gate`, and `host`, which `local` uses too. `compat` lists every private name that this leans on.
+`server`, `gate`, and `host`, which `local` uses too. `adapters` is where a worker keeps LoRA adapters, `names` how
+requests find them. `compat` lists every private name that this leans on.
 """
+
+from typing import Any
+
+__all__ = ["lora_request"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "lora_request":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from weightwire.engines.vllm.names import lora_request
+
+    return lora_request

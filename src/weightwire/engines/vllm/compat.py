@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-__all__ = ["PRIVATE", "missing_names", "supports"]
+__all__ = ["PRIVATE", "missing_names", "rename_mapper", "supports"]
 
 PRIVATE: dict[str, tuple[str, ...]] = {
     # module -> attributes, dotted where they are on a class
@@ -26,6 +26,22 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     ),
     "vllm.v1.engine.output_processor": ("OutputProcessor.get_num_unfinished_requests",),
     "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.collective_rpc", "LLMEngine.reset_prefix_cache"),
+    "vllm.lora.worker_manager": (
+        "WorkerLoRAManager._load_adapter",
+        "LRUCacheWorkerLoRAManager.add_adapter",
+        "LRUCacheWorkerLoRAManager.remove_adapter",
+        "LRUCacheWorkerLoRAManager.list_adapters",
+    ),
+    "vllm.lora.lora_model": ("LoRAModel.from_lora_tensors",),
+    "vllm.lora.peft_helper": ("PEFTHelper.from_dict", "PEFTHelper.validate_legal"),
+    "vllm.lora.utils": ("parse_fine_tuned_lora_name",),
+    "vllm.lora.request": ("LoRARequest",),
+    "vllm.lora.layers": (
+        "BaseLayerWithLoRA.set_lora",
+        "ColumnParallelLinearWithLoRA.slice_lora_a",
+        "ColumnParallelLinearWithLoRA.slice_lora_b",
+    ),
+    "vllm.entrypoints.openai.models.serving": ("OpenAIServingModels.show_available_models",),
     "vllm.plugins.endpoint_plugins.interface": ("EndpointPlugin",),
 }
 """Every private name used, by module. `missing_names` must find them all in every vLLM supported."""
@@ -47,6 +63,14 @@ def missing_names() -> list[str]:
 def supports(owner: Any, name: str) -> bool:
     """Whether an object of this vLLM has a method that others lack (`update_weight_version` came after 0.26)."""
     return callable(getattr(owner, name, None))
+
+
+def rename_mapper(model: Any) -> Any:
+    """How a checkpoint's names are mapped to this model's, without what fuses modules; None when they are the same."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None)
+    if mapper is None:
+        return None
+    return mapper.get_rename_mapper() if supports(mapper, "get_rename_mapper") else mapper.get_unstacked_mapper()
 
 
 def _find(owner: Any, dotted: str) -> Any:

@@ -1,4 +1,7 @@
-"""The gate in front of generation: while the engine is poisoned, requests are answered with 503 and a reason.
+"""The gate in front of generation: requests find the newest adapters, and a poisoned engine answers with a reason.
+
+Of several API servers each has a table of adapters of its own, and only one of them hears of an update. So each asks
+the workers before a request goes in: one question for all that wait.
 
 A poisoned engine is paused, so no token can come out of it, whichever API server process a request went to. The gate
 makes that an answer instead of a wait: it asks the workers whenever a response is slow to begin, and drops what was
@@ -34,12 +37,19 @@ class Gate:
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
         self._asked_at = float("-inf")
+        self._asking = asyncio.Lock()
+        self._next: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state if "app" in scope else None
         control = getattr(state, "weightwire_control", None)
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or scope["method"] != "POST" or path.startswith(PREFIX) or control is None:
+        if scope["type"] != "http" or path.startswith(PREFIX) or control is None:
+            await self._app(scope, receive, send)
+            return
+        if scope["method"] == "POST" or path.startswith("/v1/models"):
+            await self._find_adapters(control)
+        if scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
         host: AsyncHost = control.host
@@ -72,6 +82,21 @@ class Gate:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
+
+    async def _find_adapters(self, control: Any) -> None:
+        """Bring this process's table up to date, as of a moment after this call."""
+        if not (control.stale or control.host.names.clients > 1) or not control.host.takes_adapters:
+            return
+        if self._next is None:
+            # Those that come while a question is under way wait for the one after it, which is asked once.
+            self._next = asyncio.ensure_future(self._ask_adapters(control))
+        with contextlib.suppress(WeightwireError):
+            await asyncio.shield(self._next)
+
+    async def _ask_adapters(self, control: Any) -> None:
+        async with self._asking:
+            self._next = None
+            await control.refresh(_ASK_TIMEOUT)
 
     async def _ask(self, control: Any) -> str | None:
         """Why the engine refuses, asked of the workers at most once a second for all requests that wait."""

@@ -8,6 +8,7 @@ from typing import Any
 from weightwire.engines.base import Pause
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
+from weightwire.engines.vllm.names import Names
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 
 __all__ = ["AsyncHost", "SyncHost"]
@@ -19,11 +20,18 @@ _WATCH_SECONDS = 0.5
 class AsyncHost:
     """An `AsyncLLM`, on the event loop that runs it. `refusal` is why it refuses to generate, or None."""
 
-    def __init__(self, engine: Any, name: str) -> None:
+    def __init__(self, engine: Any, name: str, names: Names | None = None) -> None:
         self._engine = engine
         self.name = name
         self.model = str(engine.model_config.model)
         self.refusal: str | None = None
+        self.names = engine._weightwire_names = names or vars(engine).get("_weightwire_names") or Names()
+        self.in_use, self.list = self.names.in_use, self.names.list
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether the engine was started with LoRA."""
+        return self._engine.vllm_config.lora_config is not None
 
     @property
     def idle(self) -> bool:
@@ -32,6 +40,8 @@ class AsyncHost:
         return alone and self._engine.output_processor.get_num_unfinished_requests() == 0
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
+        if op == "begin":
+            self._refuse_replicas()
         # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
         # question. Control keeps the deadline; here the processes are watched, which vLLM's own call does not do.
         self._raise_if_dead()
@@ -72,6 +82,16 @@ class AsyncHost:
         if supports(self._engine, "update_weight_version"):
             await self._engine.update_weight_version(str(version))
 
+    def _refuse_replicas(self) -> None:
+        # Only here is it known: each replica of a model without experts believes that it is alone.
+        size = self._engine.vllm_config.parallel_config.data_parallel_size
+        if size > 1:
+            raise UnsupportedError(
+                f"data_parallel_size={size}, and an update would reach one of the replicas",
+                engine=self.name,
+                next_step="Run one server for each replica, and connect to the list.",
+            )
+
     def _raise_if_dead(self) -> None:
         if self._engine.errored:
             raise _lost(self._engine.dead_error, self.name)
@@ -87,6 +107,8 @@ class SyncHost:
         self.name = name
         self.model = str(llm.model_config.model)
         self.idle = True
+        self.names = llm._weightwire_names = vars(llm).get("_weightwire_names") or Names()
+        self.in_use, self.list = self.names.in_use, self.names.list
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         try:

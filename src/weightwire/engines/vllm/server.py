@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 from argparse import Namespace
@@ -12,10 +14,14 @@ from weightwire.engines.control import Control
 from weightwire.engines.routes import router
 from weightwire.engines.vllm.gate import Gate
 from weightwire.engines.vllm.host import AsyncHost
+from weightwire.engines.vllm.names import Names
+from weightwire.errors import WeightwireError
 
 __all__ = ["EndpointPlugin", "read_token"]
 
 logger = logging.getLogger("vllm.weightwire.server")
+
+_REPORT_SECONDS = 5.0
 
 
 class EndpointPlugin:
@@ -40,7 +46,35 @@ class EndpointPlugin:
                 "weightwire: no token, so no update will be taken. Start with `weightwire serve`, or set"
                 " WEIGHTWIRE_TOKEN or WEIGHTWIRE_TOKEN_FILE."
             )
-        state.weightwire_control = Control(AsyncHost(engine_client, "server"))
+        names = serve_names(state.openai_serving_models, engine_client)
+        control = Control(AsyncHost(engine_client, "server", names))
+        state.weightwire_control = control
+        if names.clients > 1 and engine_client.vllm_config.lora_config is not None:
+            state.weightwire_reports = asyncio.ensure_future(_report(control))
+
+
+def serve_names(models: Any, engine_client: Any) -> Names:
+    """The names of one API server: in vLLM's own table, from which its list of models is made too."""
+    core = engine_client.engine_core
+    listing = models.show_available_models
+
+    async def show_available_models() -> Any:
+        # vLLM lists each by its request's name, which here is that of the revision.
+        shown = await listing()
+        for name, card in zip(reversed(models.lora_requests), reversed(shown.data), strict=False):
+            card.id = name
+        return shown
+
+    models.show_available_models = show_available_models
+    return Names(models.lora_requests, getattr(core, "client_index", 0), getattr(core, "client_count", 1))
+
+
+async def _report(control: Control) -> None:
+    """Of several API servers, an idle one would keep retired revisions from being freed: it says that it has none."""
+    while True:
+        await asyncio.sleep(_REPORT_SECONDS)
+        with contextlib.suppress(WeightwireError):
+            await control.refresh(_REPORT_SECONDS)
 
 
 def read_token(*, unix_socket: bool) -> str | None:

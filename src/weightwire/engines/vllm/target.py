@@ -13,9 +13,12 @@ import psutil
 import torch
 
 from weightwire.engines.vllm import copy_plan, layout, skeleton
+from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
+from weightwire.receiver import AdapterStaging
+from weightwire.revisions import Revision
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
@@ -35,6 +38,7 @@ class VllmTarget:
         # One thread for as long as the target lives: malloc then hands each update the memory that the packings of
         # the one before gave back, where a new thread would have it from the system, page by page.
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
+        self.adapters = AdapterStore(worker)
 
     def prepare(self, manifest: Manifest) -> _Staged:
         self._refuse_unsupported()
@@ -48,6 +52,13 @@ class VllmTarget:
         slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
         return _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
 
+    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
+        self._refuse_replicas()
+        return self.adapters.prepare(manifest, revision)
+
+    def drop(self, revision: Revision) -> None:
+        self.adapters.drop(revision)
+
     def room(self) -> int:
         # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
         room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
@@ -58,14 +69,18 @@ class VllmTarget:
             raise UsageError(f"WEIGHTWIRE_STAGING_LIMIT={limit!r}", next_step="Give a number of bytes.")
         return min(room, int(limit))
 
-    def _refuse_unsupported(self) -> None:
-        config = self._worker.vllm_config
+    def _refuse_replicas(self) -> None:
+        # Of data-parallel replicas only one would be asked, of pipeline stages each has a part of the model.
         for degree in ("data_parallel_size", "pipeline_parallel_size"):
-            if (size := getattr(config.parallel_config, degree)) > 1:
+            if (size := getattr(self._worker.vllm_config.parallel_config, degree)) > 1:
                 raise UnsupportedError(
                     f"{degree}={size}",
                     next_step="Run one server for each replica, without pipeline stages, and connect to the list.",
                 )
+
+    def _refuse_unsupported(self) -> None:
+        self._refuse_replicas()
+        config = self._worker.vllm_config
         device = torch.device(self._worker.device)
         if device.type != "cpu":
             raise UnsupportedError(f"this version updates engines on a CPU only, this one is on {device.type}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,7 +26,12 @@ class WorkerExtension:
 
             worker: Any = self
             receiver = Receiver(
-                VllmTarget(worker), transports.fetch, probe=transports.probe, sweep=transports.sweep, rank=worker.rank
+                VllmTarget(worker),
+                transports.fetch,
+                probe=transports.probe,
+                sweep=transports.sweep,
+                rank=worker.rank,
+                keep=int(os.environ.get("WEIGHTWIRE_KEEP_REVISIONS", "2")),
             )
             self._weightwire_receiver = receiver
         return receiver.handle(op, arguments, body)

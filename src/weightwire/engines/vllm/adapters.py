@@ -1,0 +1,277 @@
+"""LoRA adapters in a vLLM worker: a store of revisions in memory, and the one place where vLLM loads adapters.
+
+vLLM knows an adapter by its path and reads it again whenever it was evicted. A path of our own scheme is answered from
+the store, by the same steps as a file: PEFT's config through vLLM's helper, tensors through its model class.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from weightwire.engines.vllm.compat import rename_mapper, supports
+from weightwire.errors import (
+    EngineError,
+    ManifestError,
+    ShapeMismatch,
+    UnknownTensor,
+    UnsupportedError,
+    VerificationError,
+)
+from weightwire.revisions import Revision
+from weightwire.updates.adapter import check_adapter
+from weightwire.updates.digest import NO_DIGEST, scan
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import Proof
+
+__all__ = ["AdapterStore", "path_of"]
+
+_SCHEME = "weightwire:"
+
+
+def path_of(revision: Revision) -> str:
+    """The path by which vLLM asks for a revision.
+
+    >>> path_of(Revision("policy", 7, 1048576))
+    'weightwire:policy@7'
+    """
+    return f"{_SCHEME}{revision.label}"
+
+
+class AdapterStore:
+    """The revisions that one worker holds, by id: tensors as they were sent, in host memory."""
+
+    def __init__(self, worker: Any) -> None:
+        self._worker = worker
+        self._sent: dict[int, tuple[dict[str, torch.Tensor], Any]] = {}
+        self._built: dict[int, Any] = {}
+        self._manager: Any = None
+        self.loads: dict[str, int] = {}
+        """How often vLLM has asked for each path."""
+
+    def prepare(self, manifest: Manifest, revision: Revision) -> _Staged:
+        """Check that the adapter fits this engine, and lay it out."""
+        manager = self._find_manager()
+        assert manifest.adapter is not None
+        ranks = check_adapter(manifest.tensors, manifest.adapter.config)
+        helper = _peft_helper(manifest.adapter.config, max(ranks.values()), manager.lora_config)
+        binding = _Binding(manager, helper)
+        binding.check(manifest)
+        return _Staged(self, binding, manifest, revision)
+
+    def drop(self, revision: Revision) -> None:
+        self._sent.pop(revision.id, None)
+        self._built.pop(revision.id, None)
+        self.loads.pop(path_of(revision), None)
+        if self._manager is not None and revision.id in self._manager.list_adapters():
+            self._manager.remove_adapter(revision.id)
+
+    def enter(self, revision: Revision, tensors: dict[str, torch.Tensor], helper: Any, built: Any) -> int:
+        """Have vLLM load and activate a revision; the slot that it is in."""
+        from vllm.lora.request import LoRARequest
+
+        self._sent[revision.id] = (tensors, helper)
+        self._built[revision.id] = built
+        self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
+        slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
+        return slots.index(revision.id)
+
+    def _find_manager(self) -> Any:
+        if self._manager is None:
+            manager = getattr(self._worker.model_runner, "lora_manager", None)
+            if manager is None:
+                raise UnsupportedError(
+                    "this engine was started without LoRA",
+                    next_step="Start it with --enable-lora --max-lora-rank R (LLM: enable_lora=True, max_lora_rank=R).",
+                )
+            # On this one object: the loader that every request, eviction and base update comes to.
+            manager._load_adapter = functools.partial(self._load, manager, manager._load_adapter)
+            self._manager = manager
+        return self._manager
+
+    def _load(self, manager: Any, load_file: Callable[[Any], Any], request: Any) -> Any:
+        if not request.lora_path.startswith(_SCHEME):
+            return load_file(request)
+        self.loads[request.lora_path] = self.loads.get(request.lora_path, 0) + 1
+        built = self._built.pop(request.lora_int_id, None)
+        if built is not None:
+            return built
+        if request.lora_int_id not in self._sent:
+            raise EngineError(f"{request.lora_path} is held no more")
+        tensors, helper = self._sent[request.lora_int_id]
+        return build(manager, request.lora_int_id, tensors, helper)
+
+
+def build(manager: Any, id: int, tensors: dict[str, torch.Tensor], helper: Any) -> Any:
+    """vLLM's own model of an adapter, as from a file. Of clones: it scales them in place, and is made anew after each
+    eviction."""
+    model = manager._adapter_manager.model
+    return manager._lora_model_cls.from_lora_tensors(
+        lora_model_id=id,
+        tensors={name: tensor.clone() for name, tensor in tensors.items()},
+        peft_helper=helper,
+        device="cpu",
+        dtype=manager.lora_config.lora_dtype,
+        model_vocab_size=manager.vocab_size,
+        weights_mapper=rename_mapper(model),
+        skip_prefixes=getattr(model, "lora_skip_prefixes", None),
+    )
+
+
+def _peft_helper(config: dict[str, Any], rank: int, lora_config: Any) -> Any:
+    from vllm.lora.peft_helper import PEFTHelper
+
+    if rank > lora_config.max_lora_rank:
+        raise UnsupportedError(
+            f"rank {rank}, and the engine takes at most {lora_config.max_lora_rank}",
+            next_step=f"Start it with --max-lora-rank {rank} or more.",
+        )
+    if (config.get("rank_pattern") or config.get("alpha_pattern")) and not supports(PEFTHelper, "get_rank_and_scaling"):
+        raise UnsupportedError("this vLLM reads rank_pattern and alpha_pattern without applying them")
+    try:
+        helper = PEFTHelper.from_dict(config)
+        helper.validate_legal(lora_config)
+    except (ValueError, TypeError) as error:
+        raise UnsupportedError(f"vLLM does not take this adapter: {error}") from error
+    return helper
+
+
+class _Binding:
+    """Which live modules an adapter's tensors go to."""
+
+    def __init__(self, manager: Any, helper: Any) -> None:
+        self.manager = manager
+        self.helper = helper
+        self._live: dict[str, Any] = manager._adapter_manager.modules
+        # Where q, k and v are one live module, it is known by the names of its parts.
+        self._parts = {
+            part: (whole, index)
+            for whole, parts in manager._adapter_manager.packed_modules.items()
+            for index, part in enumerate(parts)
+        }
+        self.modules: dict[str, Any] = {}
+
+    def check(self, manifest: Manifest) -> None:
+        """Find the live module of each tensor, and compare the shapes. vLLM itself passes over a module that it does
+        not find, and puts a smaller matrix into the corner of a larger one."""
+        from vllm.lora.utils import parse_fine_tuned_lora_name
+
+        mapper = rename_mapper(self.manager._adapter_manager.model)
+        missing: list[str] = []
+        for spec in manifest.tensors:
+            try:
+                name, is_a = parse_fine_tuned_lora_name(spec.name, mapper)
+            except ValueError as error:
+                raise UnknownTensor(f"vLLM does not know {spec.name!r} as part of an adapter") from error
+            whole, index = self._parts.get(name, (name, 0))
+            if whole not in self._live:
+                missing.append(name)
+                continue
+            self.modules[whole] = self._live[whole]
+            sizes = _sizes(self._live[whole], index)
+            if sizes is not None and spec.shape[1 if is_a else 0] != sizes[0 if is_a else 1]:
+                raise ShapeMismatch(
+                    f"{spec.name} is {spec.shape}, and the module {name} goes from {sizes[0]} to {sizes[1]}",
+                    next_step="Load an adapter of a model of the same architecture.",
+                )
+        if missing:
+            raise UnknownTensor(
+                f"the engine has no module {', '.join(sorted(set(missing))[:5])} that takes LoRA"
+                f" ({len(set(missing))} of the adapter's)",
+                next_step="Load an adapter of a model of the same architecture; see also --lora-target-modules.",
+            )
+        if not self.modules:
+            raise ManifestError("the adapter binds to no module of this engine")
+
+
+def _sizes(module: Any, part: int) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer over all ranks, of one part where it is made of several; None for others."""
+    layer = module.base_layer
+    if hasattr(layer, "total_num_kv_heads"):
+        size = (getattr(layer, "v_head_size", None) if part == 2 else None) or layer.head_size
+        return layer.hidden_size, size * (layer.total_num_kv_heads if part else layer.total_num_heads)
+    if hasattr(layer, "output_sizes") and len(layer.output_sizes) > part:
+        return layer.input_size, layer.output_sizes[part]
+    return (layer.input_size, layer.output_size) if hasattr(layer, "output_size") else None
+
+
+class _Staged:
+    """One revision on its way in. vLLM's model of it is made beside the engine, and given to it in `check`."""
+
+    takes = None
+
+    def __init__(self, store: AdapterStore, binding: _Binding, manifest: Manifest, revision: Revision) -> None:
+        self._store = store
+        self._binding = binding
+        self._specs = manifest.tensors
+        self._revision = revision
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._built: Any = None
+        self._proof: dict[str, Proof] = {}
+        self._held = NO_DIGEST
+        self.nbytes = 2 * manifest.nbytes  # as sent, and as vLLM keeps it
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        spec = self._specs[tensor]
+        if spec.name not in self._tensors:
+            self._tensors[spec.name] = torch.empty(spec.shape, dtype=data.dtype)
+        self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
+
+    def seal(self) -> None:
+        self._built = build(self._binding.manager, self._revision.id, self._tensors, self._binding.helper)
+
+    def check(self, seconds: float) -> bool:
+        if self._built is None:
+            return True
+        slot = self._store.enter(self._revision, self._tensors, self._binding.helper, self._built)
+        for name, module in self._binding.modules.items():
+            held, expected = _in_slot(module, slot), _expected(module, self._built.loras[name])
+            self._proof[name] = _compare(name, held, expected)
+            self._held = sum((scan(tensor.cpu()).digest for tensor in held), self._held)
+        self._built = None
+        return True
+
+    def commit(self) -> None:
+        pass
+
+    def held(self) -> str:
+        return self._held.hex()
+
+    def proof(self) -> dict[str, Proof]:
+        return self._proof
+
+    def discard(self) -> None:
+        self._tensors = {}
+        self._built = None
+
+
+def _in_slot(module: Any, slot: int) -> list[torch.Tensor]:
+    """What a live module holds for the revision in `slot`: every A, then every B."""
+    stacks = (module.lora_a_stacked, module.lora_b_stacked)
+    return [stack[slot] for each in stacks for stack in (each if isinstance(each, tuple) else (each,))]
+
+
+def _expected(module: Any, lora: Any) -> list[torch.Tensor | None] | None:
+    """What it should hold on this rank, by vLLM's own slicing; None for a kind of module that we do not know."""
+    if not hasattr(module, "n_slices"):
+        return None
+    a, b = lora.lora_a, lora.lora_b
+    if isinstance(b, list) and len(b) != module.n_slices:
+        a, b = module.expand_packed_lora(a, b)
+    if module.tp_size > 1:
+        a, b = module.slice_lora_a(a), module.slice_lora_b(b)
+    return [*(a if isinstance(a, list) else [a]), *(b if isinstance(b, list) else [b])]
+
+
+def _compare(name: str, held: Sequence[torch.Tensor], expected: Sequence[torch.Tensor | None] | None) -> Proof:
+    if expected is None:
+        return "staged"
+    for place, part in zip(held, expected, strict=True):
+        corner = place[0, : 0 if part is None else part.shape[0], : 0 if part is None else part.shape[1]]
+        alike = part is None or torch.equal(corner.cpu(), part.to(corner.dtype).cpu())
+        if not alike or int(torch.count_nonzero(place)) != int(torch.count_nonzero(corner)):
+            raise VerificationError(f"{name} was read back and does not hold the adapter that was sent")
+    return "read back"
