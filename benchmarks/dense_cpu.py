@@ -151,7 +151,7 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def serving(command: list[str], folder: Path, name: str) -> Iterator[str]:
+def serving(command: list[str], folder: Path, name: str, **more: str) -> Iterator[str]:
     """The URL of a server of the model in `folder`, ready."""
     port = free_port()
     flags = [
@@ -161,7 +161,7 @@ def serving(command: list[str], folder: Path, name: str) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}"
     environment = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     command = [sys.executable, "-m", *command, *flags]
-    with Server(command, url, log=folder / f"{name}.log", environment=environment) as server:
+    with Server(command, url, log=folder / f"{name}.log", environment={**environment, **more}) as server:
         server.wait_until_ready()
         yield url
 

@@ -53,7 +53,7 @@ class Bench:
 
     def __init__(self, family: str, dtype: str, tensor_parallel: int, folder: Path) -> None:
         self.folder = folder
-        self.base = models.new_model(family, tied=True, seed=1)
+        self.base = self.new_base(family, seed=1)
         self.files = 0
         self.llm = LLM(
             str(models.save(self.base, folder / "base")),
@@ -73,9 +73,13 @@ class Bench:
         self.engines = ww.connect(self.llm)
         self.dtype = getattr(torch, dtype)
 
+    def new_base(self, family: str, seed: int) -> Any:
+        # On a GPU, vLLM 0.26 takes no other width of a vocabulary than that of the model.
+        return models.new_model(family, tied=True, seed=seed, vocab_size=128)
+
     def peft(self, seed: int, **config: Any) -> Any:
         """A PEFT model with an adapter of random weights."""
-        model = get_peft_model(models.new_model(self.base.config.model_type, tied=True, seed=1), LoraConfig(**config))
+        model = get_peft_model(self.new_base(self.base.config.model_type, seed=1), LoraConfig(**config))
         shake(model, seed)
         return model.to(self.dtype)
 
@@ -118,7 +122,11 @@ def variants(bench: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {"base": bench.generate(None)}
     for number, (name, config) in enumerate(VARIANTS.items()):
         model = bench.peft(seed=number, **config)
-        receipt = bench.publish(model, 100 + number, adapter="kinds")
+        try:
+            receipt = bench.publish(model, 100 + number, adapter="kinds")
+        except ww.UnsupportedError as error:  # 0.26 knows no patterns
+            found[name] = {"refused": str(error)}
+            continue
         mine = next(iter(receipt.engines.values()))
         found[name] = {
             "ours": bench.generate("kinds"),
@@ -151,7 +159,7 @@ def traps(bench: Bench) -> dict[str, Any]:
         bench.from_file(bench.peft(seed=50 + number, **VARIANTS["r1"]))
     found["evicted"] = [bench.generate(f"policy@{version}") == pinned[version] for version in adapters]
     found["loads after eviction"] = bench.rpc("adapter_loads", "policy@8")
-    base = models.new_model(bench.base.config.model_type, tied=True, seed=2).to(bench.dtype)
+    base = bench.new_base(bench.base.config.model_type, seed=2).to(bench.dtype)
     with ww.Publisher(base, bench.engines) as publisher:
         publisher.publish(1)
     found["under the new base"] = [

@@ -38,10 +38,11 @@ _EXTRA = {
 }
 
 
-def new_model(family: str, *, tied: bool, seed: int) -> PreTrainedModel:
+def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB)) -> PreTrainedModel:
     """A float32 model with random weights, large enough that outputs depend on all of them."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **_COMMON, **_EXTRA[family], tie_word_embeddings=tied)
+    facts = {**_COMMON, **_EXTRA[family], "vocab_size": vocab_size}
+    config = AutoConfig.for_model(family, **facts, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -19,7 +19,7 @@ ENGINES = {
 _NOT_VARIANTS = ("base", "base again")
 
 
-@pytest.fixture(scope="module", params=list(ENGINES))
+@pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     family, dtype, tensor_parallel, steps = ENGINES[request.param]
     folder: Path = tmp_path_factory.mktemp("adapters")
@@ -27,14 +27,15 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return {**results, "ranks": tensor_parallel}
 
 
-def step(found: dict[str, Any], name: str) -> dict[str, Any]:
-    if name not in found:
-        pytest.skip(f"this engine does not go through {name}")
-    return dict(found[name])
+def through(step: str) -> pytest.MarkDecorator:
+    """With every engine that goes through a step."""
+    engines = [name for name, (*_, steps) in ENGINES.items() if step in steps.split(",")]
+    return pytest.mark.parametrize("found", engines, indirect=True)
 
 
+@through("variants")
 def test_each_kind_of_adapter_equals_its_twin_from_a_folder(found: dict[str, Any]) -> None:
-    results = step(found, "variants")
+    results = found["variants"]
     assert results["base"] == results["base again"]
     kinds = {name: result for name, result in results.items() if name not in _NOT_VARIANTS}
     assert len(kinds) == 8
@@ -44,8 +45,9 @@ def test_each_kind_of_adapter_equals_its_twin_from_a_folder(found: dict[str, Any
     assert len({str(result["ours"]) for result in kinds.values()}) == len(kinds)
 
 
+@through("variants")
 def test_the_receipt_names_every_module_and_what_each_rank_holds(found: dict[str, Any]) -> None:
-    results = step(found, "variants")
+    results = found["variants"]
     attention = {f"model.layers.{n}.self_attn.{part}" for n in (0, 1) for part in ("qkv_proj", "o_proj")}
     mlp = {f"model.layers.{n}.mlp.{part}" for n in (0, 1) for part in ("gate_up_proj", "down_proj")}
     bound = {"r8 alpha 24": attention | mlp, "attention": attention, "mlp": mlp}
@@ -58,13 +60,15 @@ def test_the_receipt_names_every_module_and_what_each_rank_holds(found: dict[str
     assert results["r1"]["adapter"] == "kinds@100"
 
 
+@through("traps")
 def test_a_revision_is_loaded_once_however_much_is_generated(found: dict[str, Any]) -> None:
-    results = step(found, "traps")
+    results = found["traps"]
     assert results["loads"] == [1] * found["ranks"]
 
 
+@through("traps")
 def test_a_long_prompt_cached_under_one_revision_is_not_used_under_the_next(found: dict[str, Any]) -> None:
-    results = step(found, "traps")
+    results = found["traps"]
     for version in ("long 7", "long 8"):
         first, again = results[version]["ours"]
         assert first == again == results[version]["twin"]
@@ -74,22 +78,25 @@ def test_a_long_prompt_cached_under_one_revision_is_not_used_under_the_next(foun
     assert results["long 7"]["ours"] != results["long 8"]["ours"]
 
 
+@through("traps")
 def test_evicted_revisions_come_back_from_memory_unchanged(found: dict[str, Any]) -> None:
-    results = step(found, "traps")
+    results = found["traps"]
     assert results["evicted"] == [True] * 3
     assert all(loads > 1 for loads in results["loads after eviction"])  # or nothing was evicted
 
 
+@through("traps")
 def test_a_dense_update_of_the_base_leaves_every_revision_servable(found: dict[str, Any]) -> None:
-    results = step(found, "traps")
+    results = found["traps"]
     for ours, twin, before in results["under the new base"]:
         assert ours == twin
         assert ours != before
     assert results["under the old base"] == [True] * 3
 
 
+@through("hundred")
 def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any]) -> None:
-    results = step(found, "hundred")
+    results = found["hundred"]
     assert results["unequal"] == []
     for tenth, last in zip(*results["memory"].values(), strict=True):
         assert last < tenth * 1.02, (tenth, last)
@@ -100,8 +107,9 @@ def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any])
         assert cached <= 4  # `max_cpu_loras`
 
 
+@through("failures")
 def test_all_ranks_of_all_engines_take_an_adapter_or_none(found: dict[str, Any]) -> None:
-    results = step(found, "failures")
+    results = found["failures"]
     for at in ("write", "seal", "check", "commit"):
         assert "injected" in results[at]["error"], at
         assert results[at]["same"], at
@@ -122,10 +130,11 @@ def test_all_ranks_of_all_engines_take_an_adapter_or_none(found: dict[str, Any])
         "no modules": "ManifestError: .*no tensors",
     }.items(),
 )
+@through("refusals")
 def test_what_does_not_fit_is_refused_and_the_old_revision_serves(found: dict[str, Any], case: str, said: str) -> None:
     import re
 
-    results = step(found, "refusals")
+    results = found["refusals"]
     assert re.match(said.replace("(8, 64)", r"\(8, 64\)"), results[case]), results[case]
     assert results["same"]
     (listed,) = results["listed"]
