@@ -288,7 +288,7 @@ class _Run:
     def _begin(self, draft: Manifest) -> Manifest:
         choices = dict(self._each("resolve", lambda engine: self._publisher._choose(engine, self._left())))
         used = {choice.name: self._publisher._transports[choice.name] for choice in choices.values()}
-        limits = [limit for transport in used.values() if (limit := transport.bucket_limit()) is not None]
+        limits = [limit for transport in used.values() if (limit := transport.bucket_limit(draft.nbytes)) is not None]
         manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([draft.bucket_bytes, *limits])))
         holder = f"{socket.gethostname()}:{os.getpid()}"
 

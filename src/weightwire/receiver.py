@@ -42,7 +42,7 @@ from weightwire.errors import (
 from weightwire.revisions import Revision, Revisions
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
-from weightwire.updates.digest import NO_DIGEST, Scan, scan
+from weightwire.updates.digest import NO_DIGEST, Scan, scan_runs
 from weightwire.updates.manifest import Manifest, decode_manifest
 from weightwire.updates.receipt import Proof
 
@@ -51,6 +51,7 @@ __all__ = ["AdapterStaging", "Arrivals", "Receiver", "Staging", "Target", "decod
 logger = logging.getLogger("vllm.weightwire.receiver")
 
 _MAX_LINGER = 0.05
+_PROOF_SECONDS = 5.0  # of an adapter, which was proven before
 _CHECK_SECONDS = 0.005  # at most, between two model steps
 
 
@@ -91,7 +92,7 @@ class AdapterStaging(Staging, Protocol):
     requests; `commit` has nothing left to do but to keep it, and `discard` forgets it only if it was not committed."""
 
     def held(self) -> str:
-        """After `check`: a digest of what this rank's modules hold of it."""
+        """After `commit`: a digest of what this rank's modules hold of it."""
 
 
 class Target(Protocol):
@@ -175,12 +176,13 @@ class Receiver:
         self._background = background
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire") if background else None
         if self._pool is not None:
-            self._pool.submit(scan, torch.zeros(1))  # compiled before the first update wants it
+            # Compiled before the first update wants it.
+            self._pool.submit(scan_runs, torch.zeros(4, dtype=torch.uint8), [(0, 1, 0, torch.float32)])
         self._lock = threading.RLock()
         self._closed = False
         self._update: _Update | None = None
         self._ended: dict[str, str] = {}
-        self._proofs: tuple[str, Future[dict[str, Proof]]] | None = None
+        self._proofs: tuple[str, Future[dict[str, Any]]] | None = None
         self._revisions = Revisions(keep)
         self._last: tuple[str, Revision] | None = None
         self._dropped: list[Revision] = []
@@ -350,8 +352,9 @@ class Receiver:
             while not self._background and update.ready and not update.sealed and update.error is None:
                 self._check(update, _CHECK_SECONDS)
 
-    def commit(self, id: str) -> dict[str, Any]:
-        """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank."""
+    def commit(self, id: str, client: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank.
+        `client`, for an adapter: the arguments of `adapters`, whose answer then is part of it."""
         with self._lock:
             update = self._held(id)
             if not update.sealed:
@@ -377,6 +380,8 @@ class Receiver:
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
             return {
+                "adapters": self.adapters(**client) if client else None,
+                "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
                 "version": update.manifest.version,
                 "kind": update.manifest.kind,
                 "transport": update.transport,
@@ -387,7 +392,6 @@ class Receiver:
                     spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.scans, strict=True)
                 },
                 "adapter": update.revision and update.revision.label,
-                "held": update.adapter and update.adapter.held(),
             }
 
     def _failed(self, update: _Update, error: BaseException) -> WeightwireError:
@@ -401,9 +405,9 @@ class Receiver:
             next_step="The engine refuses to generate. Publish a complete update to heal it.",
         )
 
-    def proof(self, id: str) -> dict[str, Proof] | None:
-        """How each live parameter was proven, or None while that is still being found out. Of an adapter: each module
-        that it is bound to."""
+    def proof(self, id: str) -> dict[str, Any] | None:
+        """`proven`: how each live parameter was, of an adapter each module that it is bound to; and `held`, of an
+        adapter. None while that is still being found out."""
         if self._proofs is None or self._proofs[0] != id:
             raise UpdateNotFound(f"update {id} is not the last one committed")
         job = self._proofs[1]
@@ -524,10 +528,13 @@ class Receiver:
     def _take(self, update: _Update, index: int, data: torch.Tensor) -> None:
         if index in update.received:
             return
-        for piece in update.buckets[index].pieces:
-            spec = update.manifest.tensors[piece.tensor]
-            run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(getattr(torch, spec.dtype))
-            update.scans[piece.tensor] = update.scans[piece.tensor] + scan(run, piece.start)
+        pieces = update.buckets[index].pieces
+        specs = [update.manifest.tensors[piece.tensor] for piece in pieces]
+        dtypes = [getattr(torch, spec.dtype) for spec in specs]
+        scans = scan_runs(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
+        for piece, spec, dtype, scanned in zip(pieces, specs, dtypes, scans, strict=True):
+            update.scans[piece.tensor] = update.scans[piece.tensor] + scanned
+            run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
             update.staging.write(piece.tensor, piece.start, run)
         with self._lock:
             update.received.add(index)
@@ -547,9 +554,9 @@ class Receiver:
             update.seconds["seal"] += time.perf_counter() - started
             update.sealed = ready and nothing_left
 
-    def _prove(self, update: _Update) -> dict[str, Proof]:
+    def _prove(self, update: _Update) -> dict[str, Any]:
         try:
-            return update.staging.proof()
+            return {"proven": update.staging.proof(), "held": update.adapter and update.adapter.held()}
         except WeightwireError as error:
             self.poison(str(error))
             raise

@@ -62,7 +62,7 @@ def test_a_vllm_without_a_name_is_broken(run: Any, monkeypatch: pytest.MonkeyPat
 
 def test_what_is_optional_may_be_missing(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr("weightwire.transports.shm.Shm.bucket_limit", lambda self: 100)
+    monkeypatch.setattr("weightwire.transports.shm.Shm.room", lambda self: 100)
 
     def version(package: str) -> str:
         if package in ("httpx2", "rich"):

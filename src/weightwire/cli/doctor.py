@@ -136,7 +136,7 @@ def _shm() -> str:
     except TransportError as error:
         raise _Missing(error.message) from None
     size, free = (blocks * stat.f_frsize / 1e6 for blocks in (stat.f_blocks, stat.f_bavail))
-    return f"{size:.0f} MB, {free:.0f} MB free: buckets of up to {shm.bucket_limit() / 1e6:.0f} MB"
+    return f"{size:.0f} MB, {free:.0f} MB free: buckets of up to {shm.room() / 1e6:.0f} MB"
 
 
 def _gloo() -> str:

@@ -30,7 +30,7 @@ from weightwire.errors import (
 from weightwire.receiver import decode_reply, encode_call
 from weightwire.revisions import Revision
 from weightwire.updates.manifest import Manifest
-from weightwire.updates.receipt import EngineReceipt, Proof, weakest
+from weightwire.updates.receipt import EngineReceipt, weakest
 
 __all__ = ["Control", "Host"]
 
@@ -146,7 +146,7 @@ class Control:
             parts = await self._apply(id, deadline)
             await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
             resumed = time.monotonic()
-            proven = await self._prove(id, deadline)
+            proofs = await self._prove(id, deadline)
         except BaseException as error:
             poisoned = await self._after_failed_commit(id)
             if poisoned is None or not isinstance(error, Exception) or isinstance(error, (PoisonedError, EngineLost)):
@@ -157,32 +157,34 @@ class Control:
                 phase="commit",
                 next_step="The engine refuses to generate. Publish a complete update to heal it.",
             ) from error
-        receipt = self._receipt(parts, resumed - started, time.monotonic() - resumed, proven)
+        receipt = self._receipt(parts, resumed - started, time.monotonic() - resumed, proofs)
         await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
         return receipt
 
     async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
         """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""
-        self.stale = True
-        try:
-            parts = await self._all("commit", deadline - time.monotonic(), id=id)
-        except BaseException:
-            await self._clean_up("abort", id=id, reason="another rank could not keep it")
-            self.stale = False
-            raise
-        await self.refresh(max(deadline - time.monotonic(), _CLEAN_UP_SECONDS))
-        receipt = self._receipt(parts, 0.0, 0.0, await self._prove(id, deadline))
-        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
+        async with self._refreshing:
+            self.stale = True
+            try:
+                parts = await self._all("commit", deadline - time.monotonic(), id=id, client=self.host.in_use())
+            except BaseException:
+                await self._clean_up("abort", id=id, reason="another rank could not keep it")
+                raise
+            self._list([part["adapters"] for part in parts])
+        receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
+        _in_background(self._clean_up("record", receipt=msgspec.to_builtins(receipt)))
         return receipt
 
     async def refresh(self, timeout: float) -> None:
         """Let new requests on this side find the adapters that all ranks have. One at a time: what is reported as in
         use must be what the answer to the report before has listed."""
         async with self._refreshing:
-            ranks = await self._all("adapters", timeout, **self.host.in_use())
-            common = set.intersection(*({Revision(*revision) for revision in rank} for rank in ranks))
-            self.host.list([revision for entry in ranks[0] if (revision := Revision(*entry)) in common])
-            self.stale = False
+            self._list(await self._all("adapters", timeout, **self.host.in_use()))
+
+    def _list(self, ranks: Sequence[Any]) -> None:
+        common = set.intersection(*({Revision(*revision) for revision in rank} for rank in ranks))
+        self.host.list([revision for entry in ranks[0] if (revision := Revision(*entry)) in common])
+        self.stale = False
 
     async def unload(self, name: str, timeout: float) -> None:
         """Serve an adapter no more; requests in flight finish."""
@@ -216,24 +218,25 @@ class Control:
             await self.host.resume()
         return poisoned
 
-    async def _prove(self, id: str, deadline: float) -> dict[str, Proof]:
+    async def _prove(self, id: str, deadline: float) -> list[dict[str, Any]]:
         wait = 0.001
         # It is live and generating; a deadline that ends now must not hide that.
         deadline = max(deadline, time.monotonic() + _CLEAN_UP_SECONDS)
         while None in (ranks := await self._all("proof", deadline - time.monotonic(), phase="commit", id=id)):
             await asyncio.sleep(wait)
             wait = min(wait * 1.5, 0.02)
-        return weakest(ranks)
+        return ranks
 
     def _receipt(
-        self, parts: list[dict[str, Any]], paused: float, verifying: float, proven: dict[str, Proof]
+        self, parts: list[dict[str, Any]], paused: float, verifying: float, proofs: list[dict[str, Any]]
     ) -> EngineReceipt:
         # A phase takes as long as its slowest rank.
         seconds = {phase: max(part["seconds"][phase] for part in parts) for phase in parts[0]["seconds"]}
         seconds["verify"] = verifying
         return msgspec.convert(
             {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": paused,
-             "proven": proven, "held": [part["held"] for part in parts if part["held"] is not None]}, EngineReceipt,
+             "proven": weakest(proof["proven"] for proof in proofs),
+             "held": [proof["held"] for proof in proofs if proof["held"] is not None]}, EngineReceipt,
         )  # fmt: skip
 
     async def abort(self, id: str, timeout: float) -> None:
@@ -293,8 +296,7 @@ class Control:
         task = asyncio.ensure_future(self._clean_up("abort", id=id, reason=reason))
         if isinstance(error, DeadlineError):
             # The trainer's time is over; workers that did not answer it are not waited for again.
-            _unwaited.add(task)
-            task.add_done_callback(_unwaited.discard)
+            _in_background(task)
         else:
             await task
 
@@ -315,6 +317,12 @@ class Control:
                 phase=phase,
                 next_step="The engine is stuck or its workers are gone; look at its log.",
             ) from error
+
+
+def _in_background(work: Awaitable[None]) -> None:
+    task = asyncio.ensure_future(work)
+    _unwaited.add(task)
+    task.add_done_callback(_unwaited.discard)
 
 
 def _refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:

@@ -64,19 +64,20 @@ class LocalSource:
     def metadata(self) -> Sequence[TensorSpec]:
         named = self.named()
         self._tensors = list(named.values())
+        self._flat: dict[int, torch.Tensor] = {}
         return [spec_of(name, tensor) for name, tensor in named.items()]
 
     def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
-        source = self._tensors[tensor].detach()
-        if not source.is_contiguous():
-            source = source.contiguous()
-        run = source.reshape(-1)[start : start + out.numel()]
+        if tensor not in self._flat:
+            # One at a time, since it may be a copy.
+            self._flat = {tensor: self._tensors[tensor].detach().reshape(-1)}
+        run = self._flat[tensor][start : start + out.numel()]
         out.copy_(run)
         # Of the weights themselves where the CPU can reach them, so that the copy into the bucket is covered too.
         return scan(run if run.device.type == "cpu" else out, start)
 
     def release(self) -> None:
-        self._tensors = []
+        self._tensors, self._flat = [], {}
 
 
 def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:

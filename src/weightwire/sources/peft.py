@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,24 @@ class PeftAdapter:
         self._own = re.compile(
             rf"(.+\.(?:lora_\w+|modules_to_save|trainable_tokens_\w+))\.{re.escape(self.name)}((?:\..+)?)"
         )
+        self._places: tuple[Any, list[tuple[str, dict[str, Any], str]]] = (None, [])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Its tensors, without those of the base model and of other adapters, under PEFT's saved names."""
-        found = ((self._own.fullmatch(name), tensor) for name, tensor in state_of(self._module).items())
-        return {_prefixed(match[1] + match[2]): tensor for match, tensor in found if match is not None}
+        config = _configs(self._module)[_chosen(self._module, self.name)]
+        # Where they are stays so for as long as the adapter does; to look costs more than to read.
+        if self._places[0] is not config:
+            self._places = (config, list(self._find()))
+        return {name: held[own].detach() for name, held, own in self._places[1] if held.get(own) is not None}
+
+    def _find(self) -> Iterator[tuple[str, dict[str, Any], str]]:
+        """The name of each of its tensors, and where it is: among a module's parameters or buffers, under which key."""
+        for path, module in self._module.named_modules(remove_duplicate=False):
+            for held in (module._parameters, module._buffers):
+                for own in held:
+                    name = f"{path}.{own}".replace("_orig_mod.", "")
+                    if (match := self._own.fullmatch(name)) is not None:
+                        yield _prefixed(match[1] + match[2]), held, own
 
     def config(self) -> dict[str, Any]:
         """Its config as plain data."""
@@ -65,6 +78,7 @@ class PeftSource(LocalSource):
 
     def __init__(self, module: torch.nn.Module, adapter: str | None = None) -> None:
         self._adapter = PeftAdapter(module, adapter)
+        self._checked: tuple[Sequence[TensorSpec], Mapping[str, Any]] | None = None
         self.metadata()
         self.release()
 
@@ -72,9 +86,10 @@ class PeftSource(LocalSource):
         return _whole(self._adapter.tensors())
 
     def metadata(self) -> Sequence[TensorSpec]:
-        specs = super().metadata()
-        self.lora = self._adapter.config()
-        check_adapter(specs, self.lora)
+        specs, config = super().metadata(), self._adapter.config()
+        if (specs, config) != self._checked:
+            check_adapter(specs, config)
+        self._checked, self.lora = (specs, config), config
         return specs
 
 

@@ -59,8 +59,8 @@ class Transport(Protocol):
         """An address for an engine on `host` to try, while the context lasts. Entering it raises `TransportError`
         saying why this transport cannot be used here."""
 
-    def bucket_limit(self) -> int | None:
-        """Bytes a bucket may have here at most, if that is limited."""
+    def bucket_limit(self, nbytes: int) -> int | None:
+        """Bytes a bucket of an update of `nbytes` may have here at most, if that is limited."""
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
         """Begin to send. `lease` is how many seconds a silent peer is waited for."""

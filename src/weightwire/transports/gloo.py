@@ -63,7 +63,7 @@ class Gloo:
             address = f"gloo:{self._host}:{self._store.port}"
         yield address
 
-    def bucket_limit(self) -> int | None:
+    def bucket_limit(self, nbytes: int) -> int | None:
         return None
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:

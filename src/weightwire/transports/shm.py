@@ -28,6 +28,7 @@ __all__ = ["Shm", "fetch", "probe"]
 ROOT = Path("/dev/shm")
 _PREFIX = "weightwire"
 _LEAST_BUCKET = 256 << 10
+_OVERLAPPING = 16
 
 
 class Shm:
@@ -43,7 +44,7 @@ class Shm:
         """`shm:NAME-SECRET`: a segment that only an engine with the same /dev/shm can find, and what it must hold."""
         if not self._root.is_dir() or not os.access(self._root, os.W_OK):
             raise TransportError(f"{self._root} is not a folder this process can write to")
-        if (limit := self.bucket_limit()) < _LEAST_BUCKET:
+        if (limit := self.room()) < _LEAST_BUCKET:
             raise TransportError(f"{self._root} has room for two buckets of {limit} bytes, fewer than {_LEAST_BUCKET}")
         name, secret = secrets.token_hex(16), secrets.token_hex(16)
         segment = self._root / f"{_PREFIX}-probe-{name}"
@@ -54,8 +55,12 @@ class Shm:
         finally:
             segment.unlink(missing_ok=True)
 
-    def bucket_limit(self) -> int:
-        """A third of what is free, so that two buckets fit and a neighbour still has room."""
+    def bucket_limit(self, nbytes: int) -> int:
+        # Of a small update, too, the second bucket is filled while the first is read.
+        return min(self.room(), max(nbytes // _OVERLAPPING, _LEAST_BUCKET))
+
+    def room(self) -> int:
+        """Bytes a bucket may have: a third of what is free, so that two buckets fit and a neighbour still has room."""
         stat = os.statvfs(self._root)
         return stat.f_bavail * stat.f_frsize // 3 // mmap.PAGESIZE * mmap.PAGESIZE
 

@@ -22,6 +22,7 @@ The mix is the 32-bit finaliser `lowbias32`, and with its further round `triple3
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 
 from weightwire.updates.boxes import Box, strides_of
 
-__all__ = ["NO_DIGEST", "Digest", "Scan", "scan", "scan_box"]
+__all__ = ["NO_DIGEST", "Digest", "Scan", "scan", "scan_box", "scan_runs"]
 
 _MASK = (1 << 64) - 1
 _BLOCK = 1024  # words at a time: their factors stay in the first-level cache
@@ -92,8 +93,34 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     >>> scan(torch.tensor([float("nan"), 1.0])).nonfinite
     1
     """
-    flat = elements.detach().reshape(1, -1)
-    return _scan_rows(flat, start, 0)
+    flat = elements.detach().reshape(-1)
+    if not flat.numel():
+        return Scan(NO_DIGEST, 0)
+    size = flat.element_size()
+    low, high, nonfinite = _sum_rows(
+        flat.view(torch.uint8).numpy(), flat.data_ptr(), 1, flat.nbytes, flat.nbytes, start * size, 0,
+        *_exponents(flat.dtype),
+    )  # fmt: skip
+    return Scan(Digest(int(low), int(high)), int(nonfinite))
+
+
+def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:
+    """What `scan` gives for each of several runs that lie in one piece of memory, by one call: they may be many.
+
+    `data`: 1-D, uint8, on the CPU. `runs`: the byte where each begins, its number of elements, the index of the first
+    one, its dtype.
+
+    >>> data = torch.arange(6.0).view(torch.uint8)
+    >>> scan_runs(data, [(8, 4, 2, torch.float32)]) == [scan(torch.arange(2.0, 6.0), start=2)]
+    True
+    """
+    if not runs:
+        return []
+    sizes = [dtype.itemsize for *_, dtype in runs]
+    places = [(at, count * size, start * size) for (at, count, start, _), size in zip(runs, sizes, strict=True)]
+    facts = [_exponents(dtype) for *_, dtype in runs]
+    sums = _sum_runs(data.numpy(), data.data_ptr(), np.array(places, np.int64), np.array(facts, np.int64))
+    return [Scan(Digest(int(low), int(high)), int(nonfinite)) for low, high, nonfinite in sums]
 
 
 def scan_box(elements: torch.Tensor, box: Box, shape: Sequence[int]) -> Scan:
@@ -141,6 +168,7 @@ def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
     return Scan(Digest(int(low), int(high)), int(nonfinite))
 
 
+@functools.cache
 def _exponents(dtype: torch.dtype) -> tuple[np.uint32, np.uint32, int]:
     """All exponent bits of a word, the lowest one of each of its elements, and the words an element takes."""
     bits = 8 * dtype.itemsize
@@ -246,3 +274,16 @@ def _sum_rows(
             place += count
             at += count
     return low, high, nonfinite
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sum_runs(memory: Any, address: Any, places: Any, facts: Any) -> Any:
+    sums = np.empty((places.shape[0], 3), np.uint64)
+    for i in range(places.shape[0]):
+        at, width = places[i, 0], places[i, 1]
+        low, high, nonfinite = _sum_rows(
+            memory[at : at + width], address + at, 1, width, width, places[i, 2], 0,
+            np.uint32(facts[i, 0]), np.uint32(facts[i, 1]), facts[i, 2],
+        )  # fmt: skip
+        sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
+    return sums

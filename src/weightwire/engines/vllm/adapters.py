@@ -7,6 +7,7 @@ the store, by the same steps as a file: PEFT's config through vLLM's helper, ten
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from weightwire.engines.vllm.compat import rename_mapper, supports
 from weightwire.errors import (
     EngineError,
     ManifestError,
+    NonFinite,
     ShapeMismatch,
     UnknownTensor,
     UnsupportedError,
@@ -23,7 +25,7 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
-from weightwire.updates.digest import NO_DIGEST, scan
+from weightwire.updates.digest import scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
@@ -42,13 +44,14 @@ def path_of(revision: Revision) -> str:
 
 
 class AdapterStore:
-    """The revisions that one worker holds, by id: tensors as they were sent, in host memory."""
+    """The revisions that one worker holds, by id: their tensors in host memory, in the dtype vLLM casts them to."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
         self._sent: dict[int, tuple[dict[str, torch.Tensor], Any]] = {}
         self._built: dict[int, Any] = {}
         self._manager: Any = None
+        self._binding: tuple[object, _Binding] | None = None
         self.loads: dict[str, int] = {}
         """How often vLLM has asked for each path."""
 
@@ -56,11 +59,13 @@ class AdapterStore:
         """Check that the adapter fits this engine, and lay it out."""
         manager = self._find_manager()
         assert manifest.adapter is not None
-        ranks = check_adapter(manifest.tensors, manifest.adapter.config)
-        helper = _peft_helper(manifest.adapter.config, max(ranks.values()), manager.lora_config)
-        binding = _Binding(manager, helper)
-        binding.check(manifest)
-        return _Staged(self, binding, manifest, revision)
+        key = (manifest.tensors, manifest.adapter.config)
+        if self._binding is None or self._binding[0] != key:
+            ranks = check_adapter(manifest.tensors, manifest.adapter.config)
+            binding = _Binding(manager, _peft_helper(manifest.adapter.config, max(ranks.values()), manager.lora_config))
+            binding.check(manifest)
+            self._binding = (key, binding)
+        return _Staged(self, self._binding[1], manifest, revision)
 
     def drop(self, revision: Revision) -> None:
         self._sent.pop(revision.id, None)
@@ -106,12 +111,12 @@ class AdapterStore:
 
 
 def build(manager: Any, id: int, tensors: dict[str, torch.Tensor], helper: Any) -> Any:
-    """vLLM's own model of an adapter, as from a file. Of clones: it scales them in place, and is made anew after each
-    eviction."""
+    """vLLM's own model of an adapter, as from a file. It scales each B in place, and is made anew after each eviction:
+    so of clones of those."""
     model = manager._adapter_manager.model
     return manager._lora_model_cls.from_lora_tensors(
         lora_model_id=id,
-        tensors={name: tensor.clone() for name, tensor in tensors.items()},
+        tensors={name: tensor if _is_a(name) else tensor.clone() for name, tensor in tensors.items()},
         peft_helper=helper,
         device="cpu",
         dtype=manager.lora_config.lora_dtype,
@@ -137,6 +142,10 @@ def _peft_helper(config: dict[str, Any], rank: int, lora_config: Any) -> Any:
     except (ValueError, TypeError) as error:
         raise UnsupportedError(f"vLLM does not take this adapter: {error}") from error
     return helper
+
+
+def _is_a(name: str) -> bool:
+    return name.endswith((".lora_A.weight", ".lora_embedding_A"))
 
 
 class _Binding:
@@ -209,28 +218,41 @@ class _Staged:
         self._specs = manifest.tensors
         self._revision = revision
         self._tensors: dict[str, torch.Tensor] = {}
+        self._finite = manifest.finite
+        self._dtype: torch.dtype = binding.manager.lora_config.lora_dtype
         self._built: Any = None
         self._proof: dict[str, Proof] = {}
-        self._held = NO_DIGEST
-        self.nbytes = 2 * manifest.nbytes  # as sent, and as vLLM keeps it
+        self._held = ""
+        # Each is held here, and by vLLM besides.
+        self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * self._dtype.itemsize
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         spec = self._specs[tensor]
         if spec.name not in self._tensors:
-            self._tensors[spec.name] = torch.empty(spec.shape, dtype=data.dtype)
+            self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype)
         self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
 
     def seal(self) -> None:
+        # What arrived is checked as it arrives; what it became here may not be finite.
+        cast = [self._tensors[spec.name] for spec in self._specs if getattr(torch, spec.dtype) != self._dtype]
+        if self._finite and cast and not math.isfinite(torch.nn.utils.get_total_norm(cast, norm_type=math.inf)):
+            raise NonFinite(
+                f"the adapter is not finite in the engine's {self._dtype}",
+                next_step="Nothing was changed. Serve it in a wider dtype: --lora-dtype.",
+            )
         self._built = build(self._binding.manager, self._revision.id, self._tensors, self._binding.helper)
 
     def check(self, seconds: float) -> bool:
         if self._built is None:
             return True
         slot = self._store.enter(self._revision, self._tensors, self._binding.helper, self._built)
+        parts: list[torch.Tensor] = []
         for name, module in self._binding.modules.items():
             held, expected = _in_slot(module, slot), _expected(module, self._built.loras[name])
             self._proof[name] = _compare(name, held, expected)
-            self._held = sum((scan(tensor.cpu()).digest for tensor in held), self._held)
+            parts += [part.reshape(-1) for part in (held if expected is None else expected) if part is not None]
+        # Laid end to end, for one digest of them all: of what the live modules were seen to hold.
+        self._held = scan(torch.cat([part.cpu() for part in parts])).digest.hex()
         self._built = None
         return True
 
@@ -238,7 +260,7 @@ class _Staged:
         pass
 
     def held(self) -> str:
-        return self._held.hex()
+        return self._held
 
     def proof(self) -> dict[str, Proof]:
         return self._proof
@@ -271,7 +293,8 @@ def _compare(name: str, held: Sequence[torch.Tensor], expected: Sequence[torch.T
         return "staged"
     for place, part in zip(held, expected, strict=True):
         corner = place[0, : 0 if part is None else part.shape[0], : 0 if part is None else part.shape[1]]
-        alike = part is None or torch.equal(corner.cpu(), part.to(corner.dtype).cpu())
-        if not alike or int(torch.count_nonzero(place)) != int(torch.count_nonzero(corner)):
+        alike = part is None or torch.equal(corner, part.to(corner.device))
+        rest = corner.numel() < place.numel() and int(torch.count_nonzero(place)) - int(torch.count_nonzero(corner))
+        if not alike or rest:
             raise VerificationError(f"{name} was read back and does not hold the adapter that was sent")
     return "read back"
