@@ -35,7 +35,7 @@ test: $(VENV)/.full lint
 	$(BIN)/pytest
 
 test-fast: $(VENV)/.light lint
-	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu'
+	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto --dist loadfile
 
 fmt: $(VENV)/.light
 	$(BIN)/ruff check --fix .

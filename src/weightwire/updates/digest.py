@@ -96,6 +96,7 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     flat = elements.detach().reshape(-1)
     if not flat.numel():
         return Scan(NO_DIGEST, 0)
+    flat = flat.contiguous().as_strided((flat.numel(),), (1,))  # the stride of a single element may be anything
     size = flat.element_size()
     low, high, nonfinite = _sum_rows(
         flat.view(torch.uint8).numpy(), flat.data_ptr(), 1, flat.nbytes, flat.nbytes, start * size, 0,
