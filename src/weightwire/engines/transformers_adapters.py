@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from weightwire.engines.staged_tensors import StagedTensors
 from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import PREFIX, check_adapter
@@ -191,28 +192,19 @@ class ModuleAdapters:
         return modules
 
 
-class _Staged:
+class _Staged(StagedTensors):
     """One revision on its way in."""
-
-    takes = None
 
     def __init__(self, adapters: ModuleAdapters, manifest: Manifest, revision: Revision, modules: list[str]) -> None:
         assert manifest.adapter is not None
+        super().__init__(manifest.tensors)
         self._adapters = adapters
-        self._specs = manifest.tensors
         self._config = manifest.adapter.config
         self._revision = revision
         self._modules = modules
-        self._tensors: dict[str, torch.Tensor] = {}
         self._ready = False
         self._held = ""
         self.nbytes = sum(spec.nbytes + 4 * spec.numel for spec in manifest.tensors)  # as sent, and as PEFT keeps it
-
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        spec = self._specs[tensor]
-        if spec.name not in self._tensors:
-            self._tensors[spec.name] = torch.empty(spec.shape, dtype=data.dtype)
-        self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
 
     def seal(self) -> None:
         self._ready = True

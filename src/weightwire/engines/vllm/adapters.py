@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from weightwire.engines.staged_tensors import StagedTensors
 from weightwire.engines.vllm.compat import rename_mapper, supports
 from weightwire.errors import (
     EngineError,
@@ -207,30 +208,21 @@ def _sizes(module: Any, part: int) -> tuple[int, int] | None:
     return (layer.input_size, layer.output_size) if hasattr(layer, "output_size") else None
 
 
-class _Staged:
+class _Staged(StagedTensors):
     """One revision on its way in. vLLM's model of it is made beside the engine, and given to it in `check`."""
 
-    takes = None
-
     def __init__(self, store: AdapterStore, binding: _Binding, manifest: Manifest, revision: Revision) -> None:
+        dtype: torch.dtype = binding.manager.lora_config.lora_dtype
+        super().__init__(manifest.tensors, dtype)
         self._store = store
         self._binding = binding
-        self._specs = manifest.tensors
         self._revision = revision
-        self._tensors: dict[str, torch.Tensor] = {}
         self._finite = manifest.finite
-        self._dtype: torch.dtype = binding.manager.lora_config.lora_dtype
         self._built: Any = None
         self._proof: dict[str, Proof] = {}
         self._held = ""
         # Each is held here, and by vLLM besides.
-        self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * self._dtype.itemsize
-
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        spec = self._specs[tensor]
-        if spec.name not in self._tensors:
-            self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype)
-        self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
+        self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
 
     def seal(self) -> None:
         # What arrived is checked as it arrives; what it became here may not be finite.

@@ -1,0 +1,29 @@
+"""An adapter's tensors as they arrive: the part of staging one that engines have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weightwire.updates.manifest import TensorSpec
+
+__all__ = ["StagedTensors"]
+
+
+class StagedTensors:
+    """Whole tensors by name, in host memory; cast to `dtype` where that is given."""
+
+    takes = None
+
+    def __init__(self, specs: Sequence[TensorSpec], dtype: torch.dtype | None = None) -> None:
+        self._specs = specs
+        self._dtype = dtype
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        """See `Staging.write`."""
+        spec = self._specs[tensor]
+        if spec.name not in self._tensors:
+            self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype or data.dtype)
+        self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
