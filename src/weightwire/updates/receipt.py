@@ -14,7 +14,7 @@ Proof = Literal["read back", "asked", "staged"]
 
 `read back`: its bytes were read from the live model after the commit and have the digest of what was staged.
 `asked`: it lives only in a kernel's own packing. Before the commit that packing was run on unit vectors, and the
-columns of the weight that came out, 16 from a random one on, equal the staged ones; after it, the live module was seen
+columns of the weight that came out, 4 from a random one on, equal the staged ones; after it, the live module was seen
 to hold that very packing. `staged`: only what was staged was verified (a packing with NaN or Inf cannot be asked).
 """
 

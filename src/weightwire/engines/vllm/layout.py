@@ -22,7 +22,7 @@ from weightwire.updates.receipt import Proof
 __all__ = ["Slot", "find_slots"]
 
 _KNOWN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
-_ASKED_COLUMNS = 16
+_ASKED_COLUMNS = 4
 _READ_COLUMNS = 256
 
 
