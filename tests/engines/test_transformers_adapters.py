@@ -548,3 +548,13 @@ def test_dropping_what_never_was(served: Any) -> None:
     before = snapshot(model)
     engine._host.adapters.drop(Revision("policy", 1, 1))
     assert same(model, before)
+
+
+def test_no_engines_is_an_error_that_says_so() -> None:
+    with pytest.raises(ww.UsageError, match="no engines"):
+        ww.connect([]).adapters.load("policy", pair(Q_PROJ, 16, 16), PLAIN)
+
+
+def test_an_object_that_was_never_connected_has_no_adapters() -> None:
+    with pytest.raises(ww.AdapterNotFound, match="Loaded are: none"):
+        ww.vllm.lora_request(object(), "policy")

@@ -52,7 +52,7 @@ class Names:
 def lora_request(llm: Any, name: str) -> Any:
     """vLLM's `LoRARequest` for an adapter that was loaded into this `LLM` or `AsyncLLM`: `policy` is the newest
     revision now, `policy@7` that one. Its revision is kept for as long as the object is. Raises `AdapterNotFound`."""
-    names: Names | None = vars(llm).get("_weightwire_names")
+    names: Names | None = getattr(llm, "_weightwire_names", None)
     table = {} if names is None else names.table
     if name not in table:
         raise AdapterNotFound(
