@@ -29,9 +29,10 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.receiver import Arrivals, Receiver, decode_reply, encode_call
+from weightwire.revisions import Revision
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import scan
-from weightwire.updates.manifest import Manifest, TensorSpec
+from weightwire.updates.manifest import Adapter, Manifest, TensorSpec
 
 WEIGHTS = (
     TensorSpec(name="wide", dtype="float32", shape=(1500,)),
@@ -52,6 +53,8 @@ CALLS = (
     "try_offers",
     "poison",
     "record",
+    "adapters",
+    "unload",
 )
 OLD = -1
 
@@ -127,6 +130,16 @@ class FakeStaging:
             raise RuntimeError(f"{step} broke")
 
 
+class FakeAdapter(FakeStaging):
+    """An adapter's, which changes nothing that is live."""
+
+    def commit(self) -> None:
+        self._fail("commit")
+
+    def held(self) -> str:
+        return "00" * 16
+
+
 class FakeTarget:
     """A model of two tensors. `fails` is what the next staging breaks at; `known` and `free` refuse what they must."""
 
@@ -136,12 +149,19 @@ class FakeTarget:
         self.known = True
         self.free = 1 << 20
         self.stagings: list[FakeStaging] = []
+        self.dropped: list[str] = []
 
     def prepare(self, manifest: Manifest) -> FakeStaging:
         if not self.known:
             raise UnknownTensor("no such tensor")
         self.stagings.append(FakeStaging(self, self.fails))
         return self.stagings[-1]
+
+    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> FakeAdapter:
+        return FakeAdapter(self, self.fails)
+
+    def drop(self, revision: Revision) -> None:
+        self.dropped.append(revision.label)
 
     def room(self) -> int:
         return self.free
@@ -636,3 +656,77 @@ def _settle(receiver: Receiver) -> None:
     while receiver.poll("u")["busy"]:
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def staged_adapter(receiver: Receiver, version: int) -> str:
+    """The id of an adapter's update that is sealed."""
+    id = f"{version:032x}"
+    manifest = msgspec.structs.replace(
+        manifest_of(version), kind="adapter", adapter=Adapter(name="policy", config={"r": 1, "lora_alpha": 1})
+    )
+    receiver.begin(id=id, manifest=manifest, holder="t", lease=LEASE)
+    for index, body in enumerate(bodies(manifest, version)):
+        receiver.put(id=id, index=index, body=body)
+    receiver.seal(id=id, digests=digests(version))
+    return id
+
+
+def labels(receiver: Receiver) -> list[str]:
+    return [revision.label for revision in receiver.adapters()]
+
+
+def test_an_adapter_is_listed_once_it_is_committed_and_nothing_live_has_changed() -> None:
+    target = FakeTarget()
+    receiver = make(target)
+    id = staged_adapter(receiver, 7)
+    assert labels(receiver) == []
+    part = receiver.commit(id=id, client={"client": 0, "clients": 1, "in_use": []})
+    assert [revision.label for revision in part["adapters"]] == ["policy@7"]
+    assert (part["adapter"], part["proof"]["held"]) == ("policy@7", "00" * 16)
+    assert receiver.status()["version"] is None
+    assert receiver.status()["spent"] == {"policy": 7}
+    assert target.holds(OLD)
+
+
+def test_an_adapter_whose_commit_fails_is_dropped_and_poisons_nothing() -> None:
+    target = FakeTarget()
+    receiver = make(target)
+    receiver.commit(id=staged_adapter(receiver, 7))
+    target.fails = "commit"
+    id = staged_adapter(receiver, 8)
+    with pytest.raises(EngineError, match="policy@8 could not be kept on rank 0"):
+        receiver.commit(id=id)
+    assert (receiver.state, labels(receiver)) == ("idle", ["policy@7"])
+    decode_reply(receiver.handle("status", encode_call()))
+    assert target.dropped == ["policy@8"]
+    target.fails = None
+    receiver.commit(id=staged_adapter(receiver, 9))
+
+
+def test_an_adapter_that_another_rank_could_not_keep_is_taken_back() -> None:
+    receiver = make(FakeTarget())
+    receiver.commit(id=staged_adapter(receiver, 7))
+    id = staged_adapter(receiver, 8)
+    receiver.commit(id=id)
+    assert receiver.abort(id=id)
+    assert not receiver.abort(id=id)
+    assert labels(receiver) == ["policy@7"]
+
+
+def test_an_adapter_cannot_heal_what_is_poisoned() -> None:
+    receiver = make(FakeTarget())
+    receiver.poison("the bus is on fire")
+    with pytest.raises(PoisonedError, match="a LoRA adapter cannot heal it"):
+        staged_adapter(receiver, 7)
+
+
+def test_an_adapter_whose_lease_ends_is_dropped_on_the_engines_own_thread() -> None:
+    now = [0.0]
+    target = FakeTarget()
+    receiver = make(target, clock=lambda: now[0])
+    staged_adapter(receiver, 7)
+    now[0] = LEASE + 1
+    receiver.status()  # as the thread that watches leases
+    assert target.dropped == []
+    receiver.handle("status", encode_call())
+    assert target.dropped == ["policy@7"]

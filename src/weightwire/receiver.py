@@ -51,6 +51,7 @@ __all__ = ["AdapterStaging", "Arrivals", "Receiver", "Staging", "Target", "decod
 logger = logging.getLogger("vllm.weightwire.receiver")
 
 _MAX_LINGER = 0.05
+_MAX_CLIENTS = 1024
 _PROOF_SECONDS = 5.0  # of an adapter, which was proven before
 _CHECK_SECONDS = 0.005  # at most, between two model steps
 
@@ -255,14 +256,19 @@ class Receiver:
 
     def _revision(self, id: str, manifest: Manifest) -> Revision | None:
         """The revision that this update is to become; None for a whole model. Raises when it cannot be one now."""
+        if manifest.adapter is None:
+            self._check_version(manifest)
         partly = "partial update" if manifest.partial else "LoRA adapter" if manifest.adapter else None
         if self._poisoned and partly:
             raise PoisonedError(
                 f"poisoned ({self._poisoned}), and a {partly} cannot heal it",
                 next_step="Publish a complete update.",
             )
-        if manifest.adapter is not None:
-            return self._revisions.open(manifest.adapter.name, manifest.version, id)
+        if manifest.adapter is None:
+            return None
+        return self._revisions.open(manifest.adapter.name, manifest.version, id)
+
+    def _check_version(self, manifest: Manifest) -> None:
         # Poisoned, this rank may hold the version that another failed to take; it may be sent again.
         oldest = self._version if self._poisoned else None if self._version is None else self._version + 1
         if oldest is not None and manifest.version < oldest:
@@ -270,7 +276,6 @@ class Receiver:
                 f"version {manifest.version} is not newer than {self._version}, which is being served",
                 next_step=f"Publish version {oldest} or higher.",
             )
-        return None
 
     def stage(self, id: str, address: str) -> None:
         """Start to fetch every bucket from `address`."""
@@ -429,6 +434,8 @@ class Receiver:
     def adapters(self, client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> list[Revision]:
         """Name, version and id of each revision that new requests can have, the newest of each name last. Takes what
         this client has in use (`Revisions.report`), and frees what nobody has."""
+        if not 0 <= client < clients <= _MAX_CLIENTS:
+            raise StateError(f"client {client} of {clients}")
         with self._lock:
             self._revisions.report(client, clients, in_use)
             self._dropped += self._revisions.free()
