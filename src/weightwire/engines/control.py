@@ -172,7 +172,8 @@ class Control:
                 raise
             self._list([part["adapters"] for part in parts])
         receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
-        _in_background(self._clean_up("record", receipt=msgspec.to_builtins(receipt)))
+        # Waited for: an `LLM` of this process takes one call at a time, and the next may be the trainer's own.
+        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
         return receipt
 
     async def refresh(self, timeout: float) -> None:
