@@ -80,3 +80,22 @@ def test_a_segment_that_is_too_small_is_an_error(root: Path, size: int) -> None:
 def test_a_silent_trainer_is_an_error_when_the_lease_is_over(root: Path) -> None:
     with pytest.raises(TransportError, match="sent nothing for"):
         list(shm.fetch("shm:", arrivals_of(buckets_of(100), lease=0.05), root))
+
+
+def test_an_engine_that_has_swept_its_names_is_asked_why(root: Path) -> None:
+    (bucket,) = buckets_of(4096)
+    asked: list[str] = []
+
+    def wait_or_say_why(ready: Callable[[], bool], what: str) -> None:
+        if not ready():
+            asked.append(what)
+            raise TransportError("the update was refused")
+
+    links = [Link(update=UPDATE, ranks=1, put=lambda *_: None)]
+    sender = shm.Shm(root).sender(links, [bucket], wait_or_say_why, SECONDS)
+    sender.buffer(bucket)
+    shm.sweep(UPDATE, root)
+    with pytest.raises(TransportError, match="refused"):
+        sender.send(bucket)
+    assert asked == ["the engine to say why it ended the update"]
+    sender.close()

@@ -123,9 +123,13 @@ class _Sender:
 
     def send(self, bucket: Bucket) -> None:
         path = self._segments[bucket.index % 2].path
-        for link in self._links:
-            for rank in range(link.ranks):
-                os.link(path, _name(self._root, link.update, bucket.index, rank))
+        try:
+            for link in self._links:
+                for rank in range(link.ranks):
+                    os.link(path, _name(self._root, link.update, bucket.index, rank))
+        except FileNotFoundError:
+            # An engine has ended the update and swept its names. Its answer to `stage` says why, and ends this wait.
+            self._wait(lambda: False, "the engine to say why it ended the update")
 
     def finish(self) -> None:
         for segment in self._segments:
