@@ -59,4 +59,4 @@ class Adapters:
 
     def next_version(self, name: str) -> int:
         """One more than this adapter ever had on any of the engines; 1 for a new one."""
-        return max((engine.status().spent.get(name, 0) + 1 for engine in self._engines), default=1)
+        return max((engine.status().next_version(name) for engine in self._engines), default=1)

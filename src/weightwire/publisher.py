@@ -34,6 +34,7 @@ from weightwire.errors import (
 )
 from weightwire.sources.base import Source
 from weightwire.transports import Choice, Link, Sender, Transport
+from weightwire.updates.adapter import check_name
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import NO_DIGEST, Scan
 from weightwire.updates.manifest import Adapter, Manifest
@@ -187,16 +188,6 @@ def _as_version(version: Any) -> int:
     raise UsageError(f"version={version!r}", next_step="A version is a non-negative integer that only grows.")
 
 
-def _as_adapter(name: str, config: Mapping[str, Any]) -> Adapter:
-    try:
-        return msgspec.convert({"name": name, "config": dict(config)}, Adapter)
-    except msgspec.ValidationError as error:
-        raise UsageError(
-            f"an adapter cannot be called {name!r}",
-            next_step="Take letters, digits, dots, dashes and underscores, 128 at most.",
-        ) from error
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
     """What `Publisher.explain` found. `str()` of it is for people, `msgspec.to_builtins` of it for machines."""
@@ -246,7 +237,9 @@ class _Run:
         draft = Manifest(
             version=version,
             kind="dense" if config is None else "adapter",
-            adapter=None if config is None else _as_adapter(str(self._publisher.adapter), config),
+            adapter=None
+            if config is None
+            else Adapter(name=check_name(str(self._publisher.adapter)), config=dict(config)),
             tensors=tuple(specs[n] for n in self._order),
             aliases=dict(self._source.aliases),
             partial=partial,

@@ -80,7 +80,7 @@ class Bench:
     def peft(self, seed: int, **config: Any) -> Any:
         """A PEFT model with an adapter of random weights."""
         model = get_peft_model(self.new_base(self.base.config.model_type, seed=1), LoraConfig(**config))
-        shake(model, seed)
+        models.shake_adapter(model, seed)
         return model.to(self.dtype)
 
     def publish(self, model: Any, version: int, **how: Any) -> Any:
@@ -107,14 +107,6 @@ class Bench:
 
     def rpc(self, method: str, *args: Any) -> list[Any]:
         return self.llm.collective_rpc(method, args=args)
-
-
-def shake(model: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape) * 0.1)
 
 
 def variants(bench: Bench) -> dict[str, Any]:
@@ -179,7 +171,7 @@ def hundred(bench: Bench) -> dict[str, Any]:
     unequal: list[int] = []
     memory: dict[int, list[int]] = {}
     for version in range(1000, 1100):
-        shake(model, version)
+        models.shake_adapter(model, version)
         bench.publish(model, version, adapter="many")
         if bench.generate("many") != bench.from_file(model):
             unequal.append(version)

@@ -51,6 +51,15 @@ def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB
     return model.eval()
 
 
+def shake_adapter(model: PreTrainedModel, seed: int) -> None:
+    """Random weights for the adapter of a PEFT model."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+
+
 def save(model: PreTrainedModel, path: Path) -> Path:
     """A checkpoint folder that vLLM can load."""
     model.save_pretrained(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import models
 import psutil
 import pytest
 import torch
@@ -47,11 +48,7 @@ def policy(served_model: Any) -> Any:
 
 
 def shaken(model: Any, seed: int) -> Any:
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.1)
+    models.shake_adapter(model, seed)
     return model
 
 

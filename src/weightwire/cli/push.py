@@ -110,11 +110,13 @@ class _Counted:
         self._advance = advance
         self.aliases: Mapping[str, str] = source.aliases
         self.ranks = source.ranks
-        self.lora = source.lora
+
+    @property
+    def lora(self) -> Mapping[str, Any] | None:
+        return self._source.lora
 
     def metadata(self) -> Sequence[TensorSpec]:
         specs = self._source.metadata()
-        self.lora = self._source.lora
         self._total = sum(spec.nbytes for spec in specs)
         return specs
 

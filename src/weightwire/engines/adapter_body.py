@@ -14,16 +14,13 @@ from safetensors.torch import load
 
 from weightwire.engines.control import Control
 from weightwire.errors import ManifestError, WeightwireError
-from weightwire.updates.adapter import check_adapter
+from weightwire.updates.adapter import METADATA_KEY, check_adapter
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import NO_DIGEST, Scan, scan
 from weightwire.updates.manifest import Manifest, decode_manifest
 from weightwire.updates.receipt import EngineReceipt
 
-__all__ = ["CONFIG_KEY", "load_body"]
-
-CONFIG_KEY = "adapter_config"
-"""Where a body's metadata has the adapter's config, as the text of an `adapter_config.json`."""
+__all__ = ["load_body"]
 
 _BUCKET_BYTES = 32 << 20
 
@@ -34,7 +31,7 @@ async def load_body(control: Control, name: str, version: int | None, body: byte
     deadline = time.monotonic() + timeout
     tensors, config = await asyncio.to_thread(_parse, body)
     if version is None:
-        version = await _next_version(control, name, timeout)
+        version = (await control.status((), timeout)).next_version(name)
     # By way of plain data, so that all of it is checked as if a trainer had sent it.
     manifest = decode_manifest(
         {
@@ -51,27 +48,23 @@ async def load_body(control: Control, name: str, version: int | None, body: byte
         digests = await _put_all(control, begun.id, manifest, list(tensors.values()), deadline)
         await control.seal(begun.id, digests, deadline - time.monotonic())
         return await control.commit(begun.id, "keep", False, deadline - time.monotonic())
-    except (WeightwireError, asyncio.CancelledError):
-        await control.give_up(begun.id, "its body could not be taken")
+    except (WeightwireError, asyncio.CancelledError) as error:
+        await control.give_up(begun.id, error, "its body could not be taken")
         raise
-
-
-async def _next_version(control: Control, name: str, timeout: float) -> int:
-    return (await control.status((), timeout)).spent.get(name, 0) + 1
 
 
 def _parse(body: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         tensors = load(body)
         header = msgspec.json.decode(body[8 : 8 + int.from_bytes(body[:8], "little")])
-        config = msgspec.json.decode(header.get("__metadata__", {}).get(CONFIG_KEY, "null"))
+        config = msgspec.json.decode(header.get("__metadata__", {}).get(METADATA_KEY, "null"))
     except (SafetensorError, msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ManifestError(
             f"not a safetensors body: {error}", next_step="Send what safetensors.torch.save makes."
         ) from error
     if not isinstance(config, Mapping):
         raise ManifestError(
-            f"the body's metadata has no {CONFIG_KEY!r}",
+            f"the body's metadata has no {METADATA_KEY!r}",
             next_step="Put the text of adapter_config.json there: save(tensors, metadata={...}).",
         )
     return tensors, dict(config)

@@ -34,6 +34,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     spent: dict[str, int] = {}
     receipt: EngineReceipt | None = None
 
+    def next_version(self, adapter: str) -> int:
+        """One more than this adapter ever had here; 1 for a new one."""
+        return self.spent.get(adapter, 0) + 1
+
 
 class Begun(msgspec.Struct, frozen=True, kw_only=True):
     """An update that an engine has accepted: its id there, and how many ranks will fetch buckets."""

@@ -117,7 +117,7 @@ class Control:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease)
             _refuse_left_over(manifest, ranks)
         except (WeightwireError, asyncio.CancelledError) as error:
-            await self._give_up(id, error, "another rank refused it, or its trainer hung up")
+            await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
         return Begun(id=id, ranks=len(ranks))
 
@@ -244,9 +244,15 @@ class Control:
         if any(await self._all("abort", timeout, id=id)):
             await self.refresh(timeout)  # it was an adapter's, and had been committed
 
-    async def give_up(self, id: str, reason: str) -> None:
+    async def give_up(self, id: str, error: BaseException, reason: str) -> None:
         """Abort, on the way out of a failure: what goes wrong in here is logged and no more."""
-        await self._clean_up("abort", id=id, reason=reason)
+        task = asyncio.ensure_future(self._clean_up("abort", id=id, reason=reason))
+        if isinstance(error, DeadlineError):
+            # The trainer's time is over; workers that did not answer it are not waited for again.
+            _unwaited.add(task)
+            task.add_done_callback(_unwaited.discard)
+        else:
+            await task
 
     # -- asking every rank -----------------------------------------------------------------------------------------
 
@@ -262,10 +268,10 @@ class Control:
         except (StateError, ManifestError, UpdateNotFound):
             raise
         except WeightwireError as error:
-            await self._give_up(id, error, error.message)
+            await self.give_up(id, error, error.message)
             raise
         except asyncio.CancelledError as error:
-            await self._give_up(id, error, "the trainer hung up")
+            await self.give_up(id, error, "the trainer hung up")
             raise
 
     async def _poll(self, id: str, deadline: float, phase: str) -> list[Any]:
@@ -293,14 +299,6 @@ class Control:
             raise errors[0].at(engine=self.host.name, phase=phase)
         return answers
 
-    async def _give_up(self, id: str, error: BaseException, reason: str) -> None:
-        task = asyncio.ensure_future(self._clean_up("abort", id=id, reason=reason))
-        if isinstance(error, DeadlineError):
-            # The trainer's time is over; workers that did not answer it are not waited for again.
-            _in_background(task)
-        else:
-            await task
-
     async def _clean_up(self, op: str, **arguments: Any) -> None:
         try:
             await self._all(op, _CLEAN_UP_SECONDS, **arguments)
@@ -318,12 +316,6 @@ class Control:
                 phase=phase,
                 next_step="The engine is stuck or its workers are gone; look at its log.",
             ) from error
-
-
-def _in_background(work: Awaitable[None]) -> None:
-    task = asyncio.ensure_future(work)
-    _unwaited.add(task)
-    task.add_done_callback(_unwaited.discard)
 
 
 def _refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:

@@ -34,7 +34,8 @@ from weightwire.errors import (
     UsageError,
     WeightwireError,
 )
-from weightwire.updates.manifest import AdapterName, Manifest, decode_manifest
+from weightwire.updates.adapter import check_name
+from weightwire.updates.manifest import Manifest, decode_manifest
 from weightwire.updates.receipt import EngineReceipt
 
 __all__ = ["MAX_ADAPTER_BODY", "MAX_BUCKET_BODY", "MAX_JSON_BODY", "TOKEN_HEADER", "error_response", "router"]
@@ -159,12 +160,14 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
         if version is not None and not (version.isascii() and version.isdigit() and len(version) < 20):
             raise UsageError(f"version={version[:32]!r}", next_step="A version is a non-negative integer.")
         number = None if version is None else int(version)
-        return await asyncio.shield(load_body(control, _name(request), number, data, _seconds(request)))
+        return await asyncio.shield(
+            load_body(control, check_name(request.path_params["name"]), number, data, _seconds(request))
+        )
 
     @route("GET", "/adapters/{name}", reply=dict[str, Any])
     async def adapter(request: Request, control: Control, _: bytes) -> dict[str, Any]:
         """An adapter's newest version, and those that can be pinned."""
-        name = _name(request)
+        name = check_name(request.path_params["name"])
         for found in (await control.status((), _seconds(request))).adapters:
             if found["name"] == name:
                 return found
@@ -173,7 +176,7 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
     @route("DELETE", "/adapters/{name}", status=204)
     async def unload(request: Request, control: Control, _: bytes) -> None:
         """Serve an adapter no more; requests in flight finish."""
-        await control.unload(_name(request), _seconds(request))
+        await control.unload(check_name(request.path_params["name"]), _seconds(request))
 
     return routes
 
@@ -232,17 +235,6 @@ def _id(request: Request) -> str:
     if len(id) != 32 or any(c not in "0123456789abcdef" for c in id):
         raise UpdateNotFound(f"no update {id[:64]!r}")
     return id
-
-
-def _name(request: Request) -> str:
-    name = str(request.path_params["name"])
-    try:
-        return msgspec.convert(name, AdapterName)
-    except msgspec.ValidationError as error:
-        raise UsageError(
-            f"{name[:64]!r} is no name of an adapter",
-            next_step="Take letters, digits, dots, dashes and underscores, 128 at most.",
-        ) from error
 
 
 def _parsed(data: bytes, type: type[T]) -> T:

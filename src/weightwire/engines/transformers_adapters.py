@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from weightwire.engines.staged_tensors import StagedTensors
+from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import PREFIX, check_adapter
@@ -192,7 +192,7 @@ class ModuleAdapters:
         return modules
 
 
-class _Staged(StagedTensors):
+class _Staged(StagedAdapter):
     """One revision on its way in."""
 
     def __init__(self, adapters: ModuleAdapters, manifest: Manifest, revision: Revision, modules: list[str]) -> None:
@@ -203,7 +203,6 @@ class _Staged(StagedTensors):
         self._revision = revision
         self._modules = modules
         self._ready = False
-        self._held = ""
         self.nbytes = sum(spec.nbytes + 4 * spec.numel for spec in manifest.tensors)  # as sent, and as PEFT keeps it
 
     def seal(self) -> None:
@@ -221,17 +220,11 @@ class _Staged(StagedTensors):
         self._ready = False
         return True
 
-    def commit(self) -> None:
-        pass
-
-    def held(self) -> str:
-        return self._held
-
     def proof(self) -> dict[str, Proof]:
         return dict.fromkeys(self._modules, "read back")
 
     def discard(self) -> None:
-        self._tensors = {}
+        super().discard()
         self._ready = False
 
 

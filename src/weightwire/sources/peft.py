@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from weightwire.errors import SourceError, UsageError
 from weightwire.sources.base import LocalSource
 from weightwire.sources.checkpoint import INDEX, WHOLE, CheckpointSource, open_file
-from weightwire.sources.tensors import TensorSource, state_of
-from weightwire.updates.adapter import PREFIX, check_adapter, plain_config
+from weightwire.sources.tensors import TensorSource, state_of, unwrapped
+from weightwire.updates.adapter import METADATA_KEY, PREFIX, check_adapter, plain_config
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["AdapterFolderSource", "AdapterSource", "PeftAdapter", "PeftSource", "has_adapter", "is_adapter"]
 
 _CONFIG, _TENSORS, _PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_KEY = "adapter_config"
 # With the adapter's name, as a module's state has it.
 _LIVE = re.compile(r"(.+\.lora_(?:[AB]|embedding_[AB]))\.([^.]+)(\.weight)?")
 
@@ -40,7 +38,7 @@ class PeftAdapter:
     """
 
     def __init__(self, module: torch.nn.Module, adapter: str | None = None) -> None:
-        self._module = _unwrapped(module)
+        self._module = unwrapped(module)
         self.name = _chosen(self._module, adapter)
         # Whatever PEFT may hang onto a layer, so that it is refused by name and not left out.
         self._own = re.compile(
@@ -134,7 +132,7 @@ class AdapterFolderSource(CheckpointSource):
 
 def has_adapter(module: torch.nn.Module) -> bool:
     """Whether a module is PEFT's, or has LoRA tensors that PEFT put there."""
-    module = _unwrapped(module)
+    module = unwrapped(module)
     # Where nobody has imported it, there is none of its models.
     if isinstance(module, getattr(sys.modules.get("peft"), "PeftModel", ())):
         return True
@@ -158,14 +156,6 @@ def is_adapter(path: str | os.PathLike[str]) -> bool:
 
 
 # -- modules -----------------------------------------------------------------------------------------------------------
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    while True:
-        inner = module.module if isinstance(module, DistributedDataParallel) else module._modules.get("_orig_mod")
-        if not isinstance(inner, torch.nn.Module):
-            return module
-        module = inner
 
 
 def _configs(module: torch.nn.Module) -> Mapping[str, Any]:
@@ -276,11 +266,11 @@ def _has_lora(file: Path) -> bool:
         header = open_file(file)
     except SourceError:
         return False  # it is told why as a checkpoint
-    return _KEY in (header.metadata() or {}) or any(".lora_" in name for name in header.keys())  # noqa: SIM118
+    return METADATA_KEY in (header.metadata() or {}) or any(".lora_" in name for name in header.keys())  # noqa: SIM118
 
 
 def _config_of(file: Path) -> dict[str, Any]:
-    text: str | bytes | None = (open_file(file).metadata() or {}).get(_KEY)
+    text: str | bytes | None = (open_file(file).metadata() or {}).get(METADATA_KEY)
     where = f"the metadata of {file}"
     if text is None:
         where = str(file.with_name(_CONFIG))
@@ -288,7 +278,7 @@ def _config_of(file: Path) -> dict[str, Any]:
             text = file.with_name(_CONFIG).read_bytes()
         except OSError as error:
             raise SourceError(
-                f"{file} has no {_KEY} in its metadata, and {where} cannot be read: {error}",
+                f"{file} has no {METADATA_KEY} in its metadata, and {where} cannot be read: {error}",
                 next_step=f"Put the {_CONFIG} that PEFT saved beside it.",
             ) from error
     try:

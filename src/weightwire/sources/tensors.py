@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weightwire.errors import SourceError
 from weightwire.sources.base import LocalSource, without_aliases
 
-__all__ = ["ModuleSource", "TensorSource", "state_of"]
+__all__ = ["ModuleSource", "TensorSource", "state_of", "unwrapped"]
 
 
 class TensorSource(LocalSource):
@@ -51,14 +51,16 @@ def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     return without_aliases(tensors)
 
 
-def _wrapped(module: torch.nn.Module) -> torch.nn.Module | None:
-    inner = module.module if isinstance(module, DistributedDataParallel) else module._modules.get("_orig_mod")
-    return inner if isinstance(inner, torch.nn.Module) else None
+def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """A module without what `torch.compile` and DistributedDataParallel put around it."""
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else module._modules.get("_orig_mod")
+        if not isinstance(inner, torch.nn.Module):
+            return module
+        module = inner
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A module's state by checkpoint name: what `torch.compile` and DistributedDataParallel put around it is gone."""
-    while (inner := _wrapped(module)) is not None:
-        module = inner
-    state = module.state_dict(keep_vars=True)
+    state = unwrapped(module).state_dict(keep_vars=True)
     return {n.replace("_orig_mod.", ""): t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)}

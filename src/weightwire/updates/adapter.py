@@ -24,12 +24,15 @@ from weightwire.errors import (
     UnsupportedError,
     UsageError,
 )
-from weightwire.updates.manifest import TensorSpec
+from weightwire.updates.manifest import AdapterName, TensorSpec
 
-__all__ = ["PREFIX", "check_adapter", "plain_config"]
+__all__ = ["METADATA_KEY", "PREFIX", "check_adapter", "check_name", "plain_config"]
 
 PREFIX = "base_model.model."
 """With what PEFT's saved names begin."""
+
+METADATA_KEY = "adapter_config"
+"""Where the metadata of a safetensors file or body has the adapter's config, as the text of adapter_config.json."""
 
 _DTYPES = ("float16", "bfloat16", "float32")
 _NAME = re.compile(re.escape(PREFIX) + r"(.+)\.lora_(?:(embedding_)([AB])|([AB])\.weight)")
@@ -79,6 +82,21 @@ def plain_config(config: Any) -> dict[str, Any]:
     except (ValueError, TypeError, RecursionError) as error:
         raise UsageError(f"the adapter's config is not JSON-able: {error}", next_step=_PLAIN_STEP) from error
     return plain
+
+
+def check_name(name: str) -> str:
+    """The name that an adapter is to be served under, or a `UsageError`.
+
+    >>> check_name("policy")
+    'policy'
+    """
+    try:
+        return msgspec.convert(name, AdapterName)
+    except msgspec.ValidationError as error:
+        raise UsageError(
+            f"an adapter cannot be called {name[:64]!r}",
+            next_step="Take letters, digits, dots, dashes and underscores, 128 at most.",
+        ) from error
 
 
 def check_adapter(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> dict[str, int]:

@@ -94,15 +94,8 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     1
     """
     flat = elements.detach().reshape(-1)
-    if not flat.numel():
-        return Scan(NO_DIGEST, 0)
     flat = flat.contiguous().as_strided((flat.numel(),), (1,))  # the stride of a single element may be anything
-    size = flat.element_size()
-    low, high, nonfinite = _sum_rows(
-        flat.view(torch.uint8).numpy(), flat.data_ptr(), 1, flat.nbytes, flat.nbytes, start * size, 0,
-        *_exponents(flat.dtype),
-    )  # fmt: skip
-    return Scan(Digest(int(low), int(high)), int(nonfinite))
+    return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
 
 
 def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:

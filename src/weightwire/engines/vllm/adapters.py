@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from weightwire.engines.staged_tensors import StagedTensors
+from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.engines.vllm.compat import rename_mapper, supports
 from weightwire.errors import (
     EngineError,
@@ -208,7 +208,7 @@ def _sizes(module: Any, part: int) -> tuple[int, int] | None:
     return (layer.input_size, layer.output_size) if hasattr(layer, "output_size") else None
 
 
-class _Staged(StagedTensors):
+class _Staged(StagedAdapter):
     """One revision on its way in. vLLM's model of it is made beside the engine, and given to it in `check`."""
 
     def __init__(self, store: AdapterStore, binding: _Binding, manifest: Manifest, revision: Revision) -> None:
@@ -220,7 +220,6 @@ class _Staged(StagedTensors):
         self._finite = manifest.finite
         self._built: Any = None
         self._proof: dict[str, Proof] = {}
-        self._held = ""
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
 
@@ -248,17 +247,11 @@ class _Staged(StagedTensors):
         self._built = None
         return True
 
-    def commit(self) -> None:
-        pass
-
-    def held(self) -> str:
-        return self._held
-
     def proof(self) -> dict[str, Proof]:
         return self._proof
 
     def discard(self) -> None:
-        self._tensors = {}
+        super().discard()
         self._built = None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from weightwire.engines.base import Pause
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
-from weightwire.engines.vllm.names import Names
+from weightwire.engines.vllm.names import Names, names_of
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 
 __all__ = ["AsyncHost", "SyncHost"]
@@ -25,7 +25,7 @@ class AsyncHost:
         self.name = name
         self.model = str(engine.model_config.model)
         self.refusal: str | None = None
-        self.names = engine._weightwire_names = names or vars(engine).get("_weightwire_names") or Names()
+        self.names = names or names_of(engine)
         self.in_use, self.list = self.names.in_use, self.names.list
 
     @property
@@ -107,7 +107,7 @@ class SyncHost:
         self.name = name
         self.model = str(llm.model_config.model)
         self.idle = True
-        self.names = llm._weightwire_names = vars(llm).get("_weightwire_names") or Names()
+        self.names = names_of(llm)
         self.in_use, self.list = self.names.in_use, self.names.list
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:

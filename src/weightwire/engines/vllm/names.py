@@ -18,7 +18,7 @@ from weightwire.engines.vllm.adapters import path_of
 from weightwire.errors import AdapterNotFound
 from weightwire.revisions import Revision
 
-__all__ = ["Names", "lora_request"]
+__all__ = ["Names", "lora_request", "names_of"]
 
 
 class Names:
@@ -47,6 +47,13 @@ class Names:
         for gone in self._ours - entries.keys():
             self.table.pop(gone, None)
         self._ours = set(entries)
+
+
+def names_of(llm: Any) -> Names:
+    """Those of an `LLM` or `AsyncLLM` in this process, the same for all who connect to it."""
+    if not hasattr(llm, "_weightwire_names"):
+        llm._weightwire_names = Names()
+    return llm._weightwire_names  # type: ignore[no-any-return]
 
 
 def lora_request(llm: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""An adapter's tensors as they arrive: the part of staging one that engines have in common."""
+"""An adapter on its way in: the part of staging one that engines have in common."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["StagedTensors"]
+__all__ = ["StagedAdapter"]
 
 
-class StagedTensors:
-    """Whole tensors by name, in host memory; cast to `dtype` where that is given."""
+class StagedAdapter:
+    """Its tensors whole, by name, in host memory; cast to `dtype` where that is given. Whoever derives from it puts the
+    digest of what the engine then holds into `_held`. See `receiver.AdapterStaging`."""
 
     takes = None
 
@@ -20,10 +21,19 @@ class StagedTensors:
         self._specs = specs
         self._dtype = dtype
         self._tensors: dict[str, torch.Tensor] = {}
+        self._held = ""
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        """See `Staging.write`."""
         spec = self._specs[tensor]
         if spec.name not in self._tensors:
             self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype or data.dtype)
         self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
+
+    def commit(self) -> None:
+        pass  # it is in the engine since `check`
+
+    def held(self) -> str:
+        return self._held
+
+    def discard(self) -> None:
+        self._tensors = {}
