@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -42,8 +42,8 @@ from weightwire.errors import (
 from weightwire.revisions import Revision, Revisions
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
-from weightwire.updates.digest import NO_DIGEST, Scan, scan_runs
-from weightwire.updates.manifest import Manifest, decode_manifest
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_runs, scan_runs_any, scan_tensors_any, settle
+from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
 from weightwire.updates.receipt import Proof
 
 __all__ = ["AdapterStaging", "Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
@@ -70,8 +70,12 @@ class Staging(Protocol):
         """Take elements `start ..` (row-major) of tensor number `tensor` of the manifest: 1-D, the manifest's dtype.
         `data` is only lent; it is overwritten after the call."""
 
-    def seal(self) -> None:
-        """Everything has arrived and is what was sent: make ready all that `commit` needs."""
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        """Take a whole tensor, in memory that stays as it is until `discard`; it need not be copied."""
+
+    def seal(self, scans: Sequence[Scan]) -> None:
+        """Everything has arrived and is what was sent, with these scans, one a tensor: make ready all that `commit`
+        needs."""
 
     def check(self, seconds: float) -> bool:
         """Do, for about `seconds`, what of making ready only the engine's own thread may do; True when nothing is left
@@ -119,6 +123,7 @@ class Arrivals:
 
     update: str
     rank: int
+    tensors: Sequence[TensorSpec]
     buckets: Sequence[Bucket]
     lease: float
     """Seconds of silence after which the sender counts as gone."""
@@ -127,6 +132,7 @@ class Arrivals:
 
 T = TypeVar("T")
 Fetch = Callable[[str, Arrivals], Iterator[tuple[int, torch.Tensor]]]
+Open = Callable[[str, Arrivals], Sequence[torch.Tensor] | None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -140,7 +146,8 @@ class _Update:
     revision: Revision | None
     adapter: AdapterStaging | None
     buckets: tuple[Bucket, ...]
-    scans: list[Scan]
+    scans: list[Scan | Pending]
+    known: list[Scan] = field(default_factory=list)
     received: set[int] = field(default_factory=set)
     jobs: list[Future[None]] = field(default_factory=list)
     error: WeightwireError | None = None
@@ -161,6 +168,8 @@ class Receiver:
         target: Target,
         fetch: Fetch,
         *,
+        open: Open = lambda address, arrivals: None,
+        enter_thread: Callable[[], None] = lambda: None,
         probe: Callable[[str], str | None] = lambda offer: None,
         sweep: Callable[[str], None] = lambda update: None,
         rank: int = 0,
@@ -170,12 +179,17 @@ class Receiver:
     ) -> None:
         self._target = target
         self._fetch = fetch
+        self._open = open
         self._probe = probe
         self._sweep = sweep
         self._rank = rank
         self._clock = clock
         self._background = background
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire") if background else None
+        self._pool = (
+            ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire", initializer=enter_thread)
+            if background
+            else None
+        )
         if self._pool is not None:
             # Compiled before the first update wants it.
             self._pool.submit(scan_runs, torch.zeros(4, dtype=torch.uint8), [(0, 1, 0, torch.float32)])
@@ -333,7 +347,7 @@ class Receiver:
                 )
             wrong = [
                 spec.name
-                for spec, found, sent in zip(specs, update.scans, digests, strict=True)
+                for spec, found, sent in zip(specs, update.known, digests, strict=True)
                 if found.digest.hex() != sent
             ]
             if wrong:
@@ -345,7 +359,7 @@ class Receiver:
             if update.manifest.finite:
                 bad = [
                     f"{spec.name} ({s.nonfinite} of {spec.numel})"
-                    for spec, s in zip(specs, update.scans, strict=True)
+                    for spec, s in zip(specs, update.known, strict=True)
                     if s.nonfinite
                 ]
                 if bad:
@@ -394,7 +408,7 @@ class Receiver:
                 "nbytes": update.manifest.nbytes,
                 "seconds": {**update.seconds, "commit": time.perf_counter() - started},
                 "digests": {
-                    spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.scans, strict=True)
+                    spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.known, strict=True)
                 },
                 "adapter": update.revision and update.revision.label,
             }
@@ -525,12 +539,23 @@ class Receiver:
         arrivals = Arrivals(
             update=update.id,
             rank=self._rank,
+            tensors=update.manifest.tensors,
             buckets=update.buckets,
             lease=update.lease,
             cancelled=update.cancelled,
         )
+        lent = self._open(address, arrivals)
+        if lent is not None:
+            self._take_lent(update, lent)
+            return
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
+
+    def _take_lent(self, update: _Update, tensors: Sequence[torch.Tensor]) -> None:
+        update.scans = [*scan_tensors_any(tensors)]
+        for number, data in enumerate(tensors):
+            update.staging.lend(number, data)
+        self._arrived(update, range(len(update.buckets)))
 
     def _take(self, update: _Update, index: int, data: torch.Tensor) -> None:
         if index in update.received:
@@ -538,17 +563,22 @@ class Receiver:
         pieces = update.buckets[index].pieces
         specs = [update.manifest.tensors[piece.tensor] for piece in pieces]
         dtypes = [getattr(torch, spec.dtype) for spec in specs]
-        scans = scan_runs(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
+        scans = scan_runs_any(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
         for piece, spec, dtype, scanned in zip(pieces, specs, dtypes, scans, strict=True):
-            update.scans[piece.tensor] = update.scans[piece.tensor] + scanned
+            update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
             run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
             update.staging.write(piece.tensor, piece.start, run)
+        self._arrived(update, (index,))
+
+    def _arrived(self, update: _Update, buckets: Iterable[int]) -> None:
+        known = settle(update.scans) if len(update.received) + 1 >= len(update.buckets) else []
         with self._lock:
-            update.received.add(index)
+            update.received.update(buckets)
             update.expires = self._clock() + update.lease
+            update.known = known
 
     def _make_ready(self, update: _Update) -> None:
-        update.staging.seal()
+        update.staging.seal(update.known)
         with self._lock:
             update.ready = True
 
@@ -648,7 +678,7 @@ def _noting_errors(update: _Update, rank: int) -> Iterator[None]:
         yield
     except WeightwireError as error:
         update.error = error
-    except MemoryError:
+    except (MemoryError, torch.OutOfMemoryError):
         update.error = RoomError("the engine ran out of memory while staging")
     except Exception as error:
         logger.exception("weightwire: update %s", update.id)

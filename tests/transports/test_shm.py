@@ -25,7 +25,7 @@ def buckets_of(*sizes: int) -> list[Bucket]:
 
 
 def arrivals_of(buckets: list[Bucket], *, lease: float = SECONDS) -> Arrivals:
-    return Arrivals(update=UPDATE, rank=0, buckets=buckets, lease=lease, cancelled=threading.Event())
+    return Arrivals(update=UPDATE, rank=0, tensors=(), buckets=buckets, lease=lease, cancelled=threading.Event())
 
 
 def wait(ready: Callable[[], bool], what: str) -> None:

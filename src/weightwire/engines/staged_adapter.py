@@ -29,6 +29,9 @@ class StagedAdapter:
             self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype or data.dtype)
         self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
 
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
     def commit(self) -> None:
         pass  # it is in the engine since `check`
 

@@ -109,7 +109,10 @@ class _Staged:
                 self._staged[name] = torch.empty(live.shape, dtype=live.dtype)
             self._staged[name].view(-1)[start : start + data.numel()].copy_(data)
 
-    def seal(self) -> None:
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def seal(self, scans: Sequence[Scan]) -> None:
         self._scans = {name: scan(tensor) for name, tensor in self._staged.items()}
         bad = [name for name, scanned in self._scans.items() if scanned.nonfinite]
         if bad and self._finite:

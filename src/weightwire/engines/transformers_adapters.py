@@ -18,7 +18,7 @@ from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import PREFIX, check_adapter
-from weightwire.updates.digest import NO_DIGEST, Digest, scan
+from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
@@ -205,7 +205,7 @@ class _Staged(StagedAdapter):
         self._ready = False
         self.nbytes = sum(spec.nbytes + 4 * spec.numel for spec in manifest.tensors)  # as sent, and as PEFT keeps it
 
-    def seal(self) -> None:
+    def seal(self, scans: Sequence[Scan]) -> None:
         self._ready = True
 
     def check(self, seconds: float) -> bool:

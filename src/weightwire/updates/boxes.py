@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["Box", "intersect", "rectangles", "strides_of"]
+__all__ = ["Box", "Rows", "intersect", "rectangles", "rows_of", "strides_of"]
 
 
 class Box(NamedTuple):
@@ -17,6 +17,18 @@ class Box(NamedTuple):
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
+
+
+class Rows(NamedTuple):
+    """`count` rows of `width` consecutive elements, seen from two sides: where the first begins there and how far apart
+    they are, in elements."""
+
+    first: int
+    second: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    width: int
+    first_pitch: int
+    second_pitch: int
 
 
 def strides_of(shape: Sequence[int]) -> tuple[int, ...]:
@@ -78,3 +90,35 @@ def rectangles(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
 def _in_row(shape: Sequence[int], row: int, start: int, stop: int) -> Iterator[Box]:
     for inner in rectangles(shape[1:], start, stop):
         yield Box((row, *inner.start), (1, *inner.shape))
+
+
+def rows_of(shape: Sequence[int], first: Sequence[int], second: Sequence[int]) -> Iterator[Rows]:
+    """One rectangle in two places, each with strides of its own, as the fewest rows: what a copy kernel wants to know.
+
+    >>> list(rows_of((4, 3, 2), (6, 2, 1), (12, 2, 1)))
+    [Rows(first=0, second=0, count=4, width=6, first_pitch=6, second_pitch=12)]
+    >>> list(rows_of((4, 6), (6, 1), (6, 1)))
+    [Rows(first=0, second=0, count=1, width=24, first_pitch=24, second_pitch=24)]
+    """
+    if 0 in shape:
+        return
+    # Dimensions that continue each other on both sides are one.
+    dims: list[tuple[int, int, int]] = []
+    for size, a, b in zip(shape, first, second, strict=True):
+        if size == 1:
+            continue
+        if dims and dims[-1][1:] == (size * a, size * b):
+            size *= dims.pop()[0]
+        dims.append((size, a, b))
+    width = dims.pop()[0] if dims and dims[-1][1:] == (1, 1) else 1
+    count, a, b = dims.pop() if dims else (1, width, width)
+    yield from _steps(dims, Rows(0, 0, count, width, a, b))
+
+
+def _steps(dims: Sequence[tuple[int, int, int]], rows: Rows) -> Iterator[Rows]:
+    if not dims:
+        yield rows
+        return
+    size, a, b = dims[0]
+    for i in range(size):
+        yield from _steps(dims[1:], rows._replace(first=rows.first + i * a, second=rows.second + i * b))

@@ -32,7 +32,20 @@ import torch
 
 from weightwire.updates.boxes import Box, strides_of
 
-__all__ = ["NO_DIGEST", "Digest", "Scan", "scan", "scan_box", "scan_runs"]
+__all__ = [
+    "NO_DIGEST",
+    "Digest",
+    "Pending",
+    "Scan",
+    "scan",
+    "scan_any",
+    "scan_box",
+    "scan_runs",
+    "scan_runs_any",
+    "scan_tensors_any",
+    "settle",
+    "word_facts",
+]
 
 _MASK = (1 << 64) - 1
 _BLOCK = 1024  # words at a time: their factors stay in the first-level cache
@@ -84,6 +97,41 @@ class Scan(NamedTuple):
         return Scan(self.digest + other.digest, self.nonfinite + other.nonfinite)
 
 
+class Pending:
+    """A scan on a GPU whose numbers have not been read yet. It adds up with others, and with scans that are known."""
+
+    __slots__ = ("_known", "_rows")
+
+    def __init__(self, rows: Sequence[torch.Tensor], known: Scan | None = None) -> None:
+        self._rows = list(rows)
+        self._known = known or Scan(NO_DIGEST, 0)
+
+    def __add__(self, other: Scan | Pending) -> Pending:
+        if isinstance(other, Pending):
+            return Pending([*self._rows, *other._rows], self._known + other._known)
+        return Pending(self._rows, self._known + other)
+
+    __radd__ = __add__
+
+
+def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
+    """The numbers of many scans; those still on a GPU by one copy, which waits for them. Call it on the stream that
+    they were made on.
+
+    >>> settle([Scan(Digest(1, 2), 0), Pending([torch.tensor([1, -1, 0])]) + Scan(Digest(1, 2), 3)])
+    [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
+    """
+    rows = [row for scan in scans if isinstance(scan, Pending) for row in scan._rows]
+    numbers = iter(torch.stack(rows).tolist() if rows else ())
+    settled = []
+    for scan in scans:
+        if isinstance(scan, Pending):
+            parts = (Scan(Digest(low, high), nonfinite) for low, high, nonfinite in (next(numbers) for _ in scan._rows))
+            scan = sum(parts, scan._known)
+        settled.append(scan)
+    return settled
+
+
 def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     """Scan a contiguous run of a tensor's elements on the CPU, the first of which has row-major index `start`.
 
@@ -96,6 +144,47 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     flat = elements.detach().reshape(-1)
     flat = flat.contiguous().as_strided((flat.numel(),), (1,))  # the stride of a single element may be anything
     return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
+
+
+def scan_any(elements: torch.Tensor, start: int = 0) -> Scan | Pending:
+    """`scan`, wherever the elements are: where that is a GPU, queued on its current stream.
+
+    >>> scan_any(torch.ones(2)) == scan(torch.ones(2))
+    True
+    """
+    if elements.device.type != "cuda":
+        return scan(elements, start)
+    flat = elements.detach().reshape(-1).contiguous()
+    return scan_runs_any(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
+
+
+def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan | Pending]:
+    """`scan_runs`, wherever the data is: where that is a GPU, queued on its current stream.
+
+    >>> scan_runs_any(torch.ones(2).view(torch.uint8), [(0, 2, 0, torch.float32)]) == [scan(torch.ones(2))]
+    True
+    """
+    if data.device.type != "cuda":
+        return [*scan_runs(data, runs)]
+    from weightwire.updates import digest_cuda  # needs Triton, which only torch for GPUs brings
+
+    lines = [digest_cuda.line_of(data.data_ptr() + at, start, count, dtype) for at, count, start, dtype in runs]
+    return [*digest_cuda.scan_lines(digest_cuda.table(lines, data.device))]
+
+
+def scan_tensors_any(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+    """`scan_any` of each of many contiguous tensors; of those on one GPU by one launch on its current stream.
+
+    >>> scan_tensors_any([torch.ones(2), torch.ones(3)]) == [scan(torch.ones(2)), scan(torch.ones(3))]
+    True
+    """
+    if any(tensor.device.type != "cuda" for tensor in tensors):
+        return [scan(tensor) for tensor in tensors]
+    from weightwire.updates import digest_cuda
+
+    lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
+    device = torch.device("cuda", torch.cuda.current_device())
+    return [*digest_cuda.scan_lines(digest_cuda.table(lines, device))]
 
 
 def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:
@@ -163,12 +252,21 @@ def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
 
 
 @functools.cache
-def _exponents(dtype: torch.dtype) -> tuple[np.uint32, np.uint32, int]:
-    """All exponent bits of a word, the lowest one of each of its elements, and the words an element takes."""
+def word_facts(dtype: torch.dtype) -> tuple[int, int, int]:
+    """All exponent bits of a word, the lowest one of each of its elements, and the words an element takes.
+
+    >>> [hex(fact) for fact in word_facts(torch.bfloat16)]
+    ['0x7f807f80', '0x800080', '0x1']
+    """
     bits = 8 * dtype.itemsize
     exponent = _EXPONENT.get(dtype, 0) >> max(bits - 32, 0)
     each = sum(1 << shift for shift in range(0, 32, bits))
-    return np.uint32(exponent * each), np.uint32((exponent & -exponent) * each), max(bits // 32, 1)
+    return exponent * each, (exponent & -exponent) * each, max(bits // 32, 1)
+
+
+def _exponents(dtype: torch.dtype) -> tuple[np.uint32, np.uint32, int]:
+    exponent, lowest, stride = word_facts(dtype)
+    return np.uint32(exponent), np.uint32(lowest), stride
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

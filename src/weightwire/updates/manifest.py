@@ -9,7 +9,7 @@ import msgspec
 
 from weightwire.errors import ManifestError
 
-__all__ = ["DTYPES", "Adapter", "AdapterName", "Manifest", "TensorSpec", "decode_manifest"]
+__all__ = ["DTYPES", "Adapter", "AdapterName", "Manifest", "Staging", "TensorSpec", "decode_manifest"]
 
 DTYPES: dict[str, int] = {
     "bool": 1,
@@ -70,12 +70,18 @@ class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     config: dict[str, Any]
 
 
+Staging = Literal["copy", "lent", "none"]
+"""Where an update waits until it is checked: in a `copy` on the engine's side, in the trainer's own memory, which is
+`lent` until the commit, or in `none`, so that it goes into the live parameters while the engine stands still."""
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an update holds: a whole model, or with `adapter` a LoRA adapter under PEFT's names, of its own versions.
 
     `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
     engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
-    to be left out; `finite` refuses NaN and Inf. Both sides cut the same buckets from `bucket_bytes`.
+    to be left out; `finite` refuses NaN and Inf. Both sides cut the same buckets from `bucket_bytes`. `staging` is
+    `Staging`.
     """
 
     version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -85,6 +91,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     aliases: dict[Name, Name] = {}
     partial: bool = False
     finite: bool = True
+    staging: Staging = "copy"
     bucket_bytes: Annotated[int, msgspec.Meta(ge=4096, le=MAX_BUCKET_BYTES)] = 64 << 20
 
     @property
@@ -95,6 +102,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """This manifest, or a `ManifestError` that names the first tensor at fault."""
         if (self.kind == "adapter") != (self.adapter is not None):
             raise ManifestError(f"kind {self.kind!r} {'without' if self.adapter is None else 'with'} an adapter's name")
+        if (self.staging != "copy" and self.adapter) or (self.staging == "none" and self.partial):
+            raise ManifestError(f"staging {self.staging!r} is for whole models")
         if self.adapter is not None and (self.partial or self.aliases):
             raise ManifestError("an adapter is sent whole, and has no aliases")
         names: set[str] = set()

@@ -26,7 +26,7 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
-from weightwire.updates.digest import scan
+from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
@@ -223,7 +223,7 @@ class _Staged(StagedAdapter):
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
 
-    def seal(self) -> None:
+    def seal(self, scans: Sequence[Scan]) -> None:
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = [self._tensors[spec.name] for spec in self._specs if getattr(torch, spec.dtype) != self._dtype]
         if self._finite and cast and not math.isfinite(torch.nn.utils.get_total_norm(cast, norm_type=math.inf)):

@@ -51,8 +51,8 @@ class Plan:
     def write(
         self, spec: TensorSpec, number: int, start: int, data: torch.Tensor, staged: Mapping[str, torch.Tensor]
     ) -> dict[str, int]:
-        """Put elements `start ..` of a tensor (1-D `data`) where they belong in contiguous staged parameters; gives how
-        many each parameter got."""
+        """Put elements `start ..` of a tensor (1-D `data`) where they belong in contiguous parameters; gives how many
+        each parameter got."""
         written: dict[str, int] = defaultdict(int)
         strides = strides_of(spec.shape)
         for run in rectangles(spec.shape, start, start + data.numel()):
@@ -65,7 +65,8 @@ class Plan:
                     (p - c) * s for p, c, s in zip(part.start, copy.source.start, copy.strides, strict=True)
                 )
                 source = data.as_strided(part.shape, strides, data.storage_offset() + at)
-                staged[copy.parameter].as_strided(part.shape, copy.strides, to).copy_(source)
+                target = staged[copy.parameter]
+                target.as_strided(part.shape, copy.strides, target.storage_offset() + to).copy_(source)
                 written[copy.parameter] += source.numel()
         return written
 

@@ -6,6 +6,7 @@ import math
 import os
 import time
 from collections import Counter, deque
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -17,8 +18,9 @@ from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
-from weightwire.receiver import AdapterStaging
+from weightwire.receiver import AdapterStaging, Staging
 from weightwire.revisions import Revision
+from weightwire.updates.digest import Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
@@ -38,9 +40,20 @@ class VllmTarget:
         # One thread for as long as the target lives: malloc then hands each update the memory that the packings of
         # the one before gave back, where a new thread would have it from the system, page by page.
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
+        self._tables: Any = None
         self.adapters = AdapterStore(worker)
 
-    def prepare(self, manifest: Manifest) -> _Staged:
+    def enter_thread(self) -> None:
+        """Called once on the thread that receives: what it does on a GPU runs beside what the engine does there."""
+        device = torch.device(self._worker.device)
+        if device.type == "cuda":
+            from weightwire.engines.vllm import device as gpu
+
+            torch.cuda.set_device(device)
+            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            gpu.warm_up(device)
+
+    def prepare(self, manifest: Manifest) -> Staging:
         self._refuse_unsupported()
         if self._twin is None:
             twin = skeleton.build(self._worker.vllm_config)
@@ -49,8 +62,24 @@ class VllmTarget:
         key = (manifest.tensors, manifest.aliases, manifest.partial)
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, copy_plan.record(self._twin, manifest))
+        if self._worker.device.type != "cpu":
+            return self._on_device(manifest, self._plan[1])
+        if manifest.staging != "copy":
+            raise UnsupportedError(f"staging={manifest.staging!r} is for engines on a GPU")
         slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
         return _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
+
+    def _on_device(self, manifest: Manifest, plan: Plan) -> Staging:
+        from weightwire.engines.vllm.device import DeviceStaging, Tables  # needs Triton
+
+        live: dict[str, dict[int, torch.Tensor]] = {}
+        for slot in self._slots:
+            for own, name in slot.parameters.items():
+                tensor = getattr(slot.module, own).detach()
+                live.setdefault(name, {})[tensor.data_ptr()] = tensor
+        self._tables = self._tables or Tables()
+        places = {name: list(tensors.values()) for name, tensors in live.items()}
+        return DeviceStaging(manifest, plan, places, self._worker.device, self._tables)
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         self._refuse_replicas()
@@ -60,8 +89,14 @@ class VllmTarget:
         self.adapters.drop(revision)
 
     def room(self) -> int:
-        # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
-        room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
+        device = torch.device(self._worker.device)
+        if device.type == "cuda":
+            # What torch has and does not use can be had again.
+            idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            room = torch.cuda.mem_get_info(device)[0] + idle
+        else:
+            # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
+            room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
         limit = os.environ.get("WEIGHTWIRE_STAGING_LIMIT")
         if limit is None:
             return room
@@ -82,9 +117,9 @@ class VllmTarget:
         self._refuse_replicas()
         config = self._worker.vllm_config
         device = torch.device(self._worker.device)
-        if device.type != "cpu":
-            raise UnsupportedError(f"this version updates engines on a CPU only, this one is on {device.type}")
-        if int(config.compilation_config.mode or 0) != 0:
+        if device.type not in ("cpu", "cuda"):
+            raise UnsupportedError(f"engines on a CPU or an Nvidia GPU can be updated, this one is on {device.type}")
+        if device.type == "cpu" and int(config.compilation_config.mode or 0) != 0:
             raise UnsupportedError(
                 "on a CPU, compiled code keeps the kernels' old weights",
                 next_step="Start the engine with --enforce-eager.",
@@ -134,7 +169,10 @@ class _Staged:
         self._awaited.subtract(written)
         self._make_ready_what_is_complete()
 
-    def seal(self) -> None:
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def seal(self, scans: Sequence[Scan]) -> None:
         self._make_ready_what_is_complete()
         if self._waiting:
             raise EngineError(f"{len(self._waiting)} modules did not get all of their parameters")

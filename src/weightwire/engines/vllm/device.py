@@ -1,0 +1,214 @@
+"""A whole model's staged copy on a GPU, and its way into the live parameters: one batched copy.
+
+What arrives is put where it belongs in spare memory of the parameters' own shapes while the engine generates. What the
+trainer lends out of its own memory stays there: it is read once for its digest, and once more at commit. With
+`staging="none"` what arrives goes into the live parameters themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
+from weightwire.engines.vllm.copy_plan import Copy, Plan
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.updates.boxes import rows_of, strides_of
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, settle
+from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
+from weightwire.updates.manifest import Manifest, TensorSpec
+from weightwire.updates.receipt import Proof
+
+__all__ = ["DeviceStaging", "Tables", "warm_up"]
+
+
+class _Region(NamedTuple):
+    """One copy of a plan, in memory: from `source`, with strides in elements of the checkpoint tensor's dimensions."""
+
+    spec: TensorSpec
+    number: int
+    copy: Copy
+    live: torch.Tensor
+    source: int
+    strides: Sequence[int]
+
+    @property
+    def target(self) -> int:
+        return self.live.data_ptr() + self.copy.offset * self.live.itemsize
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it holds every element of its tensor, bit for bit."""
+        return self.copy.source.shape == self.spec.shape and self.live.dtype == getattr(torch, self.spec.dtype)
+
+    def moves(self) -> list[Move]:
+        rows = rows_of(self.copy.source.shape, self.strides, self.copy.strides)
+        return [Move.of(part, self.source, self.target, self.live.itemsize) for part in rows]
+
+    def lines(self, address: int, strides: Sequence[int]) -> list[Line]:
+        return lines_of(address, self.copy.source, strides, self.spec.shape, self.live.dtype)
+
+
+@dataclass(slots=True)
+class Tables:
+    """What was made ready for the last update, kept because the next mostly has the same addresses."""
+
+    key: object = None
+    copies: BatchedCopy | None = None
+    live: Table | None = None
+    live_of: list[int] = field(default_factory=list)
+    parts: Table | None = None
+    parts_of: list[int] = field(default_factory=list)
+
+
+class DeviceStaging:
+    """One update on one rank. `live` has the tensors of each parameter of the plan, each memory once."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        plan: Plan,
+        live: Mapping[str, Sequence[torch.Tensor]],
+        device: torch.device,
+        tables: Tables,
+    ) -> None:
+        self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
+        self.takes = [[copy.source for copy in copies] for copies in plan.copies]
+        self._lent: dict[int, int] = {}
+        self._staged: dict[str, torch.Tensor] = {}
+        self._regions: list[_Region] = []
+        self._expected: list[Scan] = []
+        self._cast = {
+            copy.parameter
+            for spec, copies in zip(manifest.tensors, plan.copies, strict=True)
+            for copy in copies
+            if live[copy.parameter][0].dtype != getattr(torch, spec.dtype)
+        }
+        named = {copy.parameter for copies in plan.copies for copy in copies}
+        if manifest.staging == "none":
+            if apart := [name for name in named if len(live[name]) > 1]:
+                raise UnsupportedError(
+                    f"{apart[0]} is in {len(live[apart[0]])} places of the live model, which needs a staged copy",
+                    next_step="Publish without staging='none'.",
+                )
+            self._staged = {name: live[name][0] for name in named}
+        own = {"copy": named, "lent": self._cast, "none": set[str]()}[manifest.staging]
+        self.nbytes = sum(live[name][0].nbytes for name in own)
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        for copy in self._plan.copies[tensor]:
+            if copy.parameter not in self._staged:
+                self._staged[copy.parameter] = torch.empty_like(self._live[copy.parameter][0])
+        data = data.to(self._device)
+        self._plan.write(self._manifest.tensors[tensor], tensor, start, data, self._staged)
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        """The whole of a tensor, in memory that stays as it is until `discard`. It may be on another GPU."""
+        if any(copy.parameter in self._cast for copy in self._plan.copies[tensor]):
+            self.write(tensor, 0, data.reshape(-1))
+        else:
+            self._lent[tensor] = data.data_ptr()
+
+    def seal(self, scans: Sequence[Scan]) -> None:
+        self._refuse_what_a_cast_made_infinite()
+        self._regions = [
+            region
+            for number, (spec, copies) in enumerate(zip(self._manifest.tensors, self._plan.copies, strict=True))
+            for copy in copies
+            for region in self._places(number, spec, copy)
+        ]
+        places = tuple((r.source, r.target, r.live.dtype, r.copy, r.spec.shape) for r in self._regions)
+        key = (self._manifest.staging, places)
+        if self._tables.key != key:
+            self._fill(key)
+        # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
+        parts = _totals(self._tables.parts, self._tables.parts_of, len(self._regions))
+        self._expected = [
+            scans[region.number] if region.is_whole else part for region, part in zip(self._regions, parts, strict=True)
+        ]
+
+    def check(self, seconds: float) -> bool:
+        return True
+
+    def commit(self) -> None:
+        if self._manifest.staging != "none" and self._tables.copies is not None:
+            self._tables.copies.run()
+        # What the trainer lent is its own again once this returns.
+        _synchronize(self._device)
+
+    def proof(self) -> dict[str, Proof]:
+        found = _totals(self._tables.live, self._tables.live_of, len(self._regions))
+        wrong = sorted(
+            {
+                region.copy.parameter
+                for region, live, expected in zip(self._regions, found, self._expected, strict=True)
+                if live != expected
+            }
+        )
+        if wrong:
+            raise VerificationError(
+                f"{len(wrong)} live parameters are not what was staged: {', '.join(wrong[:5])}",
+                next_step="Publish a complete update.",
+            )
+        return {region.copy.parameter: "read back" for region in self._regions}
+
+    def discard(self) -> None:
+        self._staged.clear()
+        self._lent.clear()
+        self._regions.clear()
+
+    def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[_Region]:
+        if number in self._lent:
+            strides = strides_of(spec.shape)
+            start = sum(at * stride for at, stride in zip(copy.source.start, strides, strict=True))
+            source = self._lent[number] + start * spec.itemsize
+        else:
+            staged = self._staged[copy.parameter]
+            strides, source = copy.strides, staged.data_ptr() + copy.offset * staged.itemsize
+        return [_Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
+
+    def _fill(self, key: object) -> None:
+        numbered = list(enumerate(self._regions))
+        live = [(n, line) for n, r in numbered for line in r.lines(r.target, r.copy.strides)]
+        parts = [(n, line) for n, r in numbered if not r.is_whole for line in r.lines(r.source, r.strides)]
+        self._tables.copies = BatchedCopy((move for r in self._regions for move in r.moves()), self._device)
+        self._tables.live, self._tables.live_of = table([line for _, line in live], self._device), [n for n, _ in live]
+        self._tables.parts = table([line for _, line in parts], self._device)
+        self._tables.parts_of = [n for n, _ in parts]
+        self._tables.key = key
+
+    def _refuse_what_a_cast_made_infinite(self) -> None:
+        # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
+        for name in self._cast & self._staged.keys() if self._manifest.finite else ():
+            if not bool(torch.isfinite(self._staged[name]).all()):
+                raise NonFinite(
+                    f"{name} is not finite in the engine's {self._staged[name].dtype}",
+                    next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
+                )
+
+
+def warm_up(device: torch.device) -> None:
+    """Compile the kernels, before the first update wants them."""
+    for _, dtype in ((8, torch.int64), (4, torch.int32), (2, torch.int16)):
+        data = torch.zeros(64, dtype=dtype, device=device)
+        end = data.data_ptr() + 32 * dtype.itemsize
+        BatchedCopy([Move(data.data_ptr(), end, 1, dtype.itemsize, 0, 0)], device).run()
+    for start in (0, 1):
+        data = torch.zeros(64, dtype=torch.bfloat16, device=device)
+        settle(scan_lines(table([Line(data.data_ptr(), 1, 2 * (2 - start), 0, 2 * start, 0, 0, 0, 1)], device)))
+
+
+def _totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
+    totals: list[Any] = [Scan(NO_DIGEST, 0)] * count
+    if ready is not None and ready.lines:
+        for number, scan in zip(of, scan_lines(ready), strict=True):
+            totals[number] = totals[number] + scan if isinstance(totals[number], Pending) else scan
+    return settle(totals)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -1,0 +1,45 @@
+"""The batched copy's kernel against tensor assignments."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.kernels.device import DEVICE
+
+from weightwire.engines.vllm import batched_copy
+from weightwire.updates.boxes import rows_of
+
+
+@st.composite
+def rectangles(draw, shape):
+    start = [draw(st.integers(0, size - 1)) for size in shape]
+    extent = [draw(st.integers(1, size - at)) for size, at in zip(shape, start, strict=True)]
+    return tuple(slice(at, at + size) for at, size in zip(start, extent, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), dtype=st.sampled_from([torch.uint8, torch.int16, torch.float32, torch.float64]))
+def test_rectangles_go_where_an_assignment_puts_them(data, dtype):
+    source = torch.arange(7 * 5 * 70).view(7, 5, 70).to(DEVICE, dtype)
+    # Bands of the target, so that copies do not overlap.
+    target = torch.zeros(3, 9, 6, 80, dtype=dtype, device=DEVICE)
+    expected = target.clone()
+    moves = []
+    for band in range(3):
+        part = source[data.draw(rectangles(source.shape))]
+        corner = tuple(slice(at, at + size) for at, size in zip((1, 1, 3), part.shape, strict=True))
+        place = target[band][corner]
+        expected[band][corner] = part
+        rows = rows_of(part.shape, part.stride(), place.stride())
+        moves += [batched_copy.Move.of(r, part.data_ptr(), place.data_ptr(), part.itemsize) for r in rows]
+    copies = batched_copy.BatchedCopy(moves, DEVICE)
+    copies.run()
+    assert torch.equal(target, expected)
+    assert copies.nbytes == sum(move.rows * move.width for move in moves)
+
+
+def test_long_runs_and_nothing_at_all():
+    source, target = torch.randn(50_001, device=DEVICE), torch.zeros(50_001, device=DEVICE)
+    batched_copy.BatchedCopy([], DEVICE).run()
+    move = batched_copy.Move(source.data_ptr(), target.data_ptr(), 1, source.nbytes, 0, 0)
+    batched_copy.BatchedCopy([move], DEVICE).run()
+    assert torch.equal(source, target)

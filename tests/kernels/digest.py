@@ -1,0 +1,75 @@
+"""The digest's kernel against the digest on the CPU, element for element."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.kernels.device import DEVICE
+
+from weightwire.updates import digest_cuda
+from weightwire.updates.boxes import Box
+from weightwire.updates.digest import NO_DIGEST, Scan, scan, scan_box, settle
+from weightwire.updates.manifest import DTYPES
+
+NAMES = sorted(set(DTYPES) - {"bool"})
+
+
+def random_bytes(nbytes, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (nbytes,), dtype=torch.uint8, generator=generator).to(DEVICE)
+
+
+def scans(lines):
+    return settle(digest_cuda.scan_lines(digest_cuda.table(lines, DEVICE)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    count=st.integers(1, 3000),
+    start=st.one_of(st.integers(0, 9), st.integers((1 << 34) // 8 - 2000, (1 << 34) // 8 + 9)),
+    lead=st.integers(0, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_run_anywhere_in_memory_has_the_digest_of_the_cpu(name, count, start, lead, seed):
+    dtype = getattr(torch, name)
+    memory = random_bytes((count + lead) * dtype.itemsize, seed).view(dtype)
+    run = memory[lead:]
+    line = digest_cuda.line_of(run.data_ptr(), start, count, dtype)
+    assert scans([line]) == [scan(run.cpu(), start)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=3),
+    name=st.sampled_from(["bfloat16", "float32", "uint8"]),
+)
+def test_a_box_of_a_tensor_has_the_digest_of_the_cpu(shape, cuts, name):
+    dtype = getattr(torch, name)
+    whole = random_bytes(torch.Size(shape).numel() * dtype.itemsize, 0).view(dtype).view(shape)
+    start = tuple(int(cut[0] * (size - 1)) for cut, size in zip(cuts, shape, strict=False))
+    extent = tuple(1 + int(cut[1] * (size - at - 1)) for cut, size, at in zip(cuts, shape, start, strict=False))
+    box = Box(start, extent)
+    part = whole[tuple(slice(at, at + size) for at, size in zip(start, extent, strict=True))]
+    lines = digest_cuda.lines_of(part.data_ptr(), box, part.stride(), shape, dtype)
+    assert sum(scans(lines), Scan(NO_DIGEST, 0)) == scan_box(part.cpu(), box, shape)
+
+
+def test_lines_of_every_kind_share_a_launch():
+    tensors = [
+        random_bytes(n, n).view(dtype) for n, dtype in ((4096, torch.bfloat16), (6, torch.float16), (9, torch.uint8))
+    ]
+    tensors.append(torch.tensor([float("nan"), 1.0, float("inf")], device=DEVICE))
+    lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
+    assert scans(lines) == [scan(tensor.cpu()) for tensor in tensors]
+    assert scans(lines)[-1].nonfinite == 2
+
+
+@pytest.mark.parametrize("place", [0, 1, 5000, 70_000])
+def test_a_flipped_bit_shows(place):
+    data = random_bytes(140_002, 1).view(torch.bfloat16)
+    line = digest_cuda.line_of(data.data_ptr(), 0, data.numel(), data.dtype)
+    before = scans([line])
+    data.view(torch.uint8)[2 * place] ^= 1
+    assert scans([line]) != before

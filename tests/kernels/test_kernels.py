@@ -1,0 +1,20 @@
+"""The Triton kernels without a GPU. Triton's interpreter is chosen by the environment, for a whole process; no other
+test, and no engine that one starts, may come under it, so that these run in processes of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = ["digest.py", "batched_copy.py"]
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_in_tritons_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).with_name(file))]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_XDIST_WORKER": ""}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
