@@ -30,7 +30,7 @@ def shm_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     with tempfile.TemporaryDirectory(prefix="test-weightwire-", dir=shm.ROOT) as folder:
         root = Path(folder)
-        monkeypatch.setitem(transports._MAKERS, "shm", lambda: shm.Shm(root))
+        monkeypatch.setitem(transports._MAKERS, "shm", lambda weights: shm.Shm(root))
         monkeypatch.setitem(transports._FETCH, "shm", partial(shm.fetch, root=root))
         monkeypatch.setitem(transports._PROBE, "shm", partial(shm.probe, root=root))
         yield root

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import msgspec
 import torch
@@ -33,11 +33,11 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.sources.base import Source
-from weightwire.transports import Choice, Link, Sender, Transport
+from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.buckets import Bucket, cut
-from weightwire.updates.digest import NO_DIGEST, Scan
-from weightwire.updates.manifest import Adapter, Manifest
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_tensors_any, settle
+from weightwire.updates.manifest import Adapter, Manifest, Staging
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
 __all__ = ["Explanation", "Publisher"]
@@ -62,8 +62,8 @@ class Publisher:
     that is not given, beside the base model.
 
     `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
-    bounds the trainer's extra memory: at most two buckets. An engine that hears nothing for `lease` seconds forgets
-    the update. A publish takes at most `deadline` seconds.
+    bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and 256 MiB over NCCL. An engine
+    that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
     """
 
     def __init__(
@@ -73,13 +73,13 @@ class Publisher:
         *,
         adapter: str | None = None,
         transport: str | None = None,
-        bucket_bytes: int = 64 << 20,
+        bucket_bytes: int | None = None,
         lease: float = 60.0,
         deadline: float = 600.0,
     ) -> None:
         if transport is not None and transport not in transports.NAMES:
             raise UsageError(f"no transport {transport!r}", next_step=f"Known are {', '.join(transports.NAMES)}.")
-        if not 4096 <= bucket_bytes <= 1 << 30:
+        if bucket_bytes is not None and not 4096 <= bucket_bytes <= 1 << 30:
             raise UsageError(f"bucket_bytes={bucket_bytes}", next_step="Take 4096 to 1073741824 bytes.")
         if not 0 < lease <= 3600 or deadline <= 0:
             raise UsageError(
@@ -103,7 +103,8 @@ class Publisher:
         self._bucket_bytes = bucket_bytes
         self._lease = lease
         self._deadline = deadline
-        self._transports = transports.make()
+        self._weights = _Weights(self._source)
+        self._transports = transports.make(self._weights)
         self._choices: dict[str, Choice] = {}
 
     def publish(
@@ -112,6 +113,7 @@ class Publisher:
         *,
         partial: bool = False,
         finite: bool = True,
+        staging: Literal["copy", "none"] = "copy",
         pause: Pause = "keep",
         keep_cache: bool = False,
         deadline: float | None = None,
@@ -137,7 +139,7 @@ class Publisher:
             engine.check_caller()
         run = _Run(self, time.monotonic() + (self._deadline if deadline is None else deadline))
         with contextlib.closing(run):
-            return run.publish(version, partial, finite, pause, keep_cache)
+            return run.publish(version, partial, finite, staging, pause, keep_cache)
 
     def explain(self, *, timeout: float = 30.0) -> Explanation:
         """What a publish would send, and by which transport to each engine; for each other transport, why not.
@@ -182,6 +184,21 @@ class Publisher:
         return self._choices[engine.name]
 
 
+class _Weights:
+    """A source as transports see it."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self._source, "device", torch.device("cpu"))
+
+    def whole(self) -> Sequence[torch.Tensor] | None:
+        whole = getattr(self._source, "whole", None)
+        return None if whole is None else whole()
+
+
 def _as_version(version: Any) -> int:
     if hasattr(version, "__index__") and not isinstance(version, bool) and operator.index(version) >= 0:
         return operator.index(version)
@@ -218,19 +235,22 @@ class _Run:
         self._pool = ThreadPoolExecutor(max_workers=max(1, 2 * len(self._engines)), thread_name_prefix="weightwire")
         self._begun: dict[str, Begun] = {}
         self._senders: list[Sender] = []
+        self._lent = contextlib.ExitStack()
         self._stages: list[Future[None]] = []
         self._order: list[int] = []
         self._committing = False
         self._done = False
 
-    def publish(self, version: int, partial: bool, finite: bool, pause: Pause, keep_cache: bool) -> Receipt:
+    def publish(
+        self, version: int, partial: bool, finite: bool, staging: Staging, pause: Pause, keep_cache: bool
+    ) -> Receipt:
         marks = [time.perf_counter()]
         specs = tuple(self._everywhere(self._source.metadata))
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
         # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it
         # does for the last one is waited for.
-        self._order = sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= self._publisher._bucket_bytes)
+        self._order = sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= transports.BUCKET_BYTES)
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
@@ -244,7 +264,7 @@ class _Run:
             aliases=dict(self._source.aliases),
             partial=partial,
             finite=finite,
-            bucket_bytes=self._publisher._bucket_bytes,
+            staging=staging,
         ).check()
         manifest = self._from_leader(lambda: self._begin(draft), Manifest)
         marks.append(time.perf_counter())
@@ -267,6 +287,7 @@ class _Run:
     def close(self) -> None:
         """Free everything, and abort what was not committed."""
         self._close_senders()
+        self._lent.close()
         if not self._done:
             # What was found out about the transports may no longer be so.
             self._publisher._choices.clear()
@@ -281,20 +302,33 @@ class _Run:
     def _begin(self, draft: Manifest) -> Manifest:
         choices = dict(self._each("resolve", lambda engine: self._publisher._choose(engine, self._left())))
         used = {choice.name: self._publisher._transports[choice.name] for choice in choices.values()}
-        limits = [limit for transport in used.values() if (limit := transport.bucket_limit(draft.nbytes)) is not None]
-        manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([draft.bucket_bytes, *limits])))
+        senders = {name: way for name, way in used.items() if not isinstance(way, Lender)}
+        limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
+        wanted = self._publisher._bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=1 << 30)
+        manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([wanted, *limits])))
         holder = f"{socket.gethostname()}:{os.getpid()}"
 
         def begin(engine: Engine) -> Begun:
-            begun = engine.begin(manifest, holder=holder, lease=self._publisher._lease, timeout=self._left())
+            lends = choices[engine.name].name not in senders and not manifest.adapter
+            own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
+            begun = engine.begin(own, holder=holder, lease=self._publisher._lease, timeout=self._left())
             self._begun[engine.name] = begun
             return begun
 
         self._each("begin", begin)
         buckets = cut(manifest)
-        for name, transport in used.items():
-            self._open(transport, [e for e in self._engines if choices[e.name].name == name], buckets)
+        for name, way in used.items():
+            engines = [e for e in self._engines if choices[e.name].name == name]
+            if isinstance(way, Lender):
+                self._lend(way, engines)
+            else:
+                self._open(way, engines, buckets)
         return manifest
+
+    def _lend(self, lender: Lender, engines: Sequence[Engine]) -> None:
+        whole = self._publisher._weights.whole() or ()
+        address = self._lent.enter_context(lender.lend([whole[n] for n in self._order]))
+        self._stages += [self._pool.submit(self._fetch, engine, address) for engine in engines]
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
         links = [self._link(engine) for engine in engines]
@@ -313,7 +347,7 @@ class _Run:
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="stage") from None
 
-        return Link(update=begun.id, ranks=begun.ranks, put=put)
+        return Link(engine=engine.name, update=begun.id, ranks=begun.ranks, put=put)
 
     def _fetch(self, engine: Engine, address: str) -> None:
         try:
@@ -323,7 +357,13 @@ class _Run:
 
     def _stage(self, manifest: Manifest) -> list[Scan]:
         """Read every bucket, on all ranks together, and send it from rank 0."""
-        scans = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        if self._ranks is None and not self._senders:
+            # Nothing travels: the weights are scanned where they are, while engines do the same.
+            whole = self._publisher._weights.whole() or ()
+            scans = scan_tensors_any([whole[n] for n in self._order])
+            self._on_leader(self._finish)
+            return settle(scans)
         for bucket in cut(manifest):
             data = self._on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
             for piece in bucket.pieces:
@@ -336,12 +376,13 @@ class _Run:
                     else data[piece.offset : piece.offset + nbytes]
                 )
                 run = part.view(getattr(torch, spec.dtype))
-                scans[piece.tensor] = scans[piece.tensor] + self._read(piece.tensor, piece.start, run)
+                scans[piece.tensor] = self._read(piece.tensor, piece.start, run) + scans[piece.tensor]
             self._on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         self._on_leader(self._finish)
-        return scans if self._ranks is None else self._ranks.total(scans)
+        known = settle(scans)
+        return known if self._ranks is None else self._ranks.total(known)
 
-    def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+    def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:
             return self._source.read(self._order[tensor], start, out)
         except WeightwireError:

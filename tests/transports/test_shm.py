@@ -49,7 +49,9 @@ def test_every_bucket_arrives_as_it_was_sent_though_each_segment_is_mapped_once(
     maps: list[int] = []
     map_segment = shm._map
     monkeypatch.setattr(shm, "_map", lambda fd: (maps.append(fd), map_segment(fd))[1])
-    sender = shm.Shm(root).sender([Link(update=UPDATE, ranks=1, put=lambda *_: None)], buckets, wait, SECONDS)
+    sender = shm.Shm(root).sender(
+        [Link(engine="e", update=UPDATE, ranks=1, put=lambda *_: None)], buckets, wait, SECONDS
+    )
     got: dict[int, torch.Tensor] = {}
     reader = threading.Thread(
         target=lambda: got.update({i: d.clone() for i, d in shm.fetch("shm:", arrivals_of(buckets), root)})
@@ -91,7 +93,7 @@ def test_an_engine_that_has_swept_its_names_is_asked_why(root: Path) -> None:
             asked.append(what)
             raise TransportError("the update was refused")
 
-    links = [Link(update=UPDATE, ranks=1, put=lambda *_: None)]
+    links = [Link(engine="e", update=UPDATE, ranks=1, put=lambda *_: None)]
     sender = shm.Shm(root).sender(links, [bucket], wait_or_say_why, SECONDS)
     sender.buffer(bucket)
     shm.sweep(UPDATE, root)

@@ -63,9 +63,13 @@ def shake_adapter(model: PreTrainedModel, seed: int) -> None:
 def save(model: PreTrainedModel, path: Path) -> Path:
     """A checkpoint folder that vLLM can load."""
     model.save_pretrained(path)
+    save_tokenizer(path)
+    return path
+
+
+def save_tokenizer(path: Path) -> None:
     vocab = {token: number for number, token in enumerate(VOCAB)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.decoder = decoders.Fuse()
     special = {"eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
-    return path

@@ -19,7 +19,7 @@ from weightwire.errors import TransportError, WeightwireError
 
 if TYPE_CHECKING:
     from weightwire.engines.base import Engine
-    from weightwire.transports import Choice
+    from weightwire.transports import Choice, Weights
 
 __all__ = ["add_parser"]
 
@@ -71,10 +71,20 @@ def run(args: argparse.Namespace) -> int:
     return 1 if errors or any(check.state == "broken" for check in checks) else 0
 
 
+def _sample() -> Weights:
+    """A few weights where a trainer on this machine would have them."""
+    import torch
+
+    from weightwire.sources.tensors import TensorSource
+
+    sample = torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu")
+    return TensorSource({"weight": sample})
+
+
 def _choose(engine: Engine) -> Choice:
     from weightwire import transports
 
-    candidates = transports.make()
+    candidates = transports.make(_sample())
     try:
         return transports.resolve(
             candidates, lambda offers: engine.status(offers).offers, host=engine.host, over_http=engine.over_http

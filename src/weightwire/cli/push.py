@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from weightwire.connection import Engines
     from weightwire.sources.base import Source
-    from weightwire.updates.digest import Scan
+    from weightwire.updates.digest import Pending, Scan
     from weightwire.updates.manifest import TensorSpec
     from weightwire.updates.receipt import Receipt
 
@@ -120,7 +120,7 @@ class _Counted:
         self._total = sum(spec.nbytes for spec in specs)
         return specs
 
-    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         scanned = self._source.read(tensor, start, out)
         self._advance(out.nbytes, self._total)
         return scanned

@@ -62,7 +62,7 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True):
-    address: Annotated[str, msgspec.Meta(max_length=512)]
+    address: Annotated[str, msgspec.Meta(max_length=MAX_JSON_BODY)]
 
 
 class SealBody(msgspec.Struct, forbid_unknown_fields=True):

@@ -160,7 +160,9 @@ class _Host:
         self.idle = False  # its receiver is asked from a thread, beside the model
         self.adapters = ModuleAdapters(module, lock)
         target = ModuleTarget(self.adapters)
-        self.receiver = Receiver(target, transports.fetch, probe=transports.probe, sweep=transports.sweep)
+        self.receiver = Receiver(
+            target, transports.fetch, open=transports.open_lent, probe=transports.probe, sweep=transports.sweep
+        )
         self.names: dict[str, Revision] = {}
         self.refusal: str | None = None
         self._lock = lock

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from weightwire.updates.digest import Scan, scan
+from weightwire.updates.digest import Pending, Scan, scan_any
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ __all__ = ["LocalSource", "Source", "spec_of", "without_aliases"]
 
 
 class Source(Protocol):
-    """Weights on the trainer's side."""
+    """Weights on the trainer's side. A source on a GPU also has a property `device`, which decides how they can travel,
+    and a method `whole()`: every tensor in the order of `metadata()`, or None when they are not whole here."""
 
     @property
     def aliases(self) -> Mapping[str, str]:
@@ -39,9 +40,9 @@ class Source(Protocol):
     def metadata(self) -> Sequence[TensorSpec]:
         """Every tensor's name, dtype and full shape, without moving data."""
 
-    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
-        """Fill `out` (1-D, of the tensor's dtype, on the CPU) with elements `start .. start + len(out)`, row-major, of
-        tensor number `tensor`. With `ranks`, all of them call this together and rank 0's `out` is filled.
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        """Fill `out` (1-D, of the tensor's dtype, on any device) with elements `start .. start + len(out)`, row-major,
+        of tensor number `tensor`. With `ranks`, all of them call this together and rank 0's `out` is filled.
 
         Returns the scan of the elements that this rank itself holds; over all ranks they add up to the whole run.
         """
@@ -56,6 +57,7 @@ class LocalSource:
     ranks: Ranks | None = None
     aliases: Mapping[str, str] = {}
     lora: Mapping[str, Any] | None = None
+    _tensors: Sequence[torch.Tensor] = ()
 
     def named(self) -> Mapping[str, torch.Tensor]:
         """The tensors, each under one name."""
@@ -67,14 +69,21 @@ class LocalSource:
         self._flat: dict[int, torch.Tensor] = {}
         return [spec_of(name, tensor) for name, tensor in named.items()]
 
-    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         if tensor not in self._flat:
             # One at a time, since it may be a copy.
             self._flat = {tensor: self._tensors[tensor].detach().reshape(-1)}
         run = self._flat[tensor][start : start + out.numel()]
         out.copy_(run)
-        # Of the weights themselves where the CPU can reach them, so that the copy into the bucket is covered too.
-        return scan(run if run.device.type == "cpu" else out, start)
+        # Of the weights themselves, so that the copy into the bucket is covered too.
+        return scan_any(run, start)
+
+    @property
+    def device(self) -> torch.device:
+        return next((tensor.device for tensor in self.named().values()), torch.device("cpu"))
+
+    def whole(self) -> Sequence[torch.Tensor] | None:
+        return self._tensors or list(self.named().values())
 
     def release(self) -> None:
         self._tensors, self._flat = [], {}

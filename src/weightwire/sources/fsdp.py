@@ -108,7 +108,20 @@ class FsdpSource:
     def release(self) -> None:
         self._held = []
 
+    @property
+    def device(self) -> torch.device:
+        return next((_held(name, t).local.device for name, t in self._state().items()), torch.device("cpu"))
+
+    def whole(self) -> None:
+        return None
+
     def _assemble(self, tensor: int, start: int, out: torch.Tensor, mine: Sequence[torch.Tensor]) -> None:
+        if out.device.type != "cpu":
+            # What the others send comes by way of the CPU.
+            assembled = torch.empty(out.shape, dtype=out.dtype)
+            self._assemble(tensor, start, assembled, mine)
+            out.copy_(assembled)
+            return
         own = iter(mine)
         for block in self._blocks(tensor, start, start + out.numel(), None):
             first = sum(a * b for a, b in zip(block.within.start, strides_of(self._specs[tensor].shape), strict=True))

@@ -14,14 +14,44 @@ import torch
 
 from weightwire.errors import TransportError, UsageError, WeightwireError
 from weightwire.receiver import Arrivals
-from weightwire.transports import gloo, http, shm
-from weightwire.transports.base import Link, Sender, Transport, Wait
+from weightwire.transports import cuda_ipc, gloo, http, nccl, shm
+from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Sender, Transport, Wait, Weights
 
-__all__ = ["NAMES", "Choice", "Link", "Sender", "Transport", "Wait", "fetch", "make", "probe", "resolve", "sweep"]
+__all__ = [
+    "BUCKET_BYTES",
+    "NAMES",
+    "Choice",
+    "Lender",
+    "Link",
+    "Sender",
+    "Transport",
+    "Wait",
+    "Weights",
+    "fetch",
+    "make",
+    "open_lent",
+    "probe",
+    "resolve",
+    "sweep",
+]
 
-_MAKERS: dict[str, Callable[[], Transport]] = {"shm": shm.Shm, "gloo": gloo.Gloo, "http": http.Http}
-_FETCH = {"shm": shm.fetch, "gloo": gloo.fetch}
-_PROBE = {"shm": shm.probe, "gloo": gloo.probe, "http": http.probe}
+_MAKERS: dict[str, Callable[[Weights], Transport | Lender]] = {
+    "cuda-ipc": cuda_ipc.CudaIpc,
+    "nccl": nccl.Nccl,
+    "shm": lambda weights: shm.Shm(),
+    "gloo": lambda weights: gloo.Gloo(),
+    "http": lambda weights: http.Http(),
+}
+_FETCH = {"nccl": nccl.fetch, "shm": shm.fetch, "gloo": gloo.fetch}
+_OPEN = {"cuda-ipc": cuda_ipc.open_lent}
+_PROBE = {
+    "cuda-ipc": cuda_ipc.probe,
+    "nccl": nccl.probe,
+    "shm": shm.probe,
+    "gloo": gloo.probe,
+    "http": http.probe,
+}
+_UNENCRYPTED = ("nccl", "gloo")
 
 NAMES = tuple(_MAKERS)
 """Every transport, the preferred one first."""
@@ -35,13 +65,13 @@ class Choice:
     reasons: Mapping[str, str | None] = field(default_factory=dict)
 
 
-def make() -> dict[str, Transport]:
+def make(weights: Weights) -> dict[str, Transport | Lender]:
     """One of each, for a publisher to own."""
-    return {name: maker() for name, maker in _MAKERS.items()}
+    return {name: maker(weights) for name, maker in _MAKERS.items()}
 
 
 def resolve(
-    transports: Mapping[str, Transport],
+    transports: Mapping[str, Transport | Lender],
     ask: Callable[[Sequence[str]], Mapping[str, str | None]],
     *,
     host: str,
@@ -59,7 +89,9 @@ def resolve(
         for name, transport in transports.items():
             if name == "http" and not over_http:
                 reasons[name] = "the engine has no HTTP server"
-            elif name == "gloo" and wanted != "gloo" and not is_local(host):
+            elif name == "cuda-ipc" and not is_local(host):
+                reasons[name] = "the engine is on another host"
+            elif name in _UNENCRYPTED and wanted != name and not is_local(host):
                 reasons[name] = "it is not encrypted and the engine is on another host; ask for it by name to use it"
             else:
                 try:
@@ -90,6 +122,13 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
     if scheme not in _FETCH:
         raise UsageError(f"no transport fetches from {address[:80]!r}; known are {', '.join(_FETCH)}")
     return _FETCH[scheme](address, arrivals)
+
+
+def open_lent(address: str, arrivals: Arrivals) -> Sequence[torch.Tensor] | None:
+    """The worker's half of a `Lender`: every tensor of the update, in the trainer's memory. None when `address` is of a
+    way that brings buckets."""
+    lender = _OPEN.get(address.partition(":")[0])
+    return None if lender is None else lender(address, arrivals.tensors)
 
 
 def probe(offer: str) -> str | None:

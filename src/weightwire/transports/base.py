@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from weightwire.updates.buckets import Bucket
 
-__all__ = ["Link", "Sender", "Transport", "Wait"]
+__all__ = ["BUCKET_BYTES", "Lender", "Link", "Sender", "Transport", "Wait", "Weights"]
+
+BUCKET_BYTES = 64 << 20
 
 Wait = Callable[[Callable[[], bool], str], None]
 """`wait(ready, what)` returns once `ready()` is true, and raises when an engine has failed or the deadline is over."""
@@ -23,11 +25,23 @@ Wait = Callable[[Callable[[], bool], str], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """One engine's end: the id it gave the update, its number of ranks, and a way to hand it bytes."""
+    """One engine's end: its name, the id it gave the update, its number of ranks, and a way to hand it bytes."""
 
+    engine: str
     update: str
     ranks: int
     put: Callable[[int, memoryview], None]
+
+
+class Weights(Protocol):
+    """What a transport may ask about the weights that it is to send."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process has them."""
+
+    def whole(self) -> Sequence[torch.Tensor] | None:
+        """All of them, in the order of their metadata; None when this process does not have them whole."""
 
 
 class Sender(Protocol):
@@ -50,10 +64,28 @@ class Sender(Protocol):
         """Leave nothing behind: no memory, no segment, no connection. Also after a failure, at any point."""
 
 
+@runtime_checkable
+class Lender(Protocol):
+    """A way that needs no buckets: engines read the trainer's own memory."""
+
+    name: str
+
+    def offer(self, host: str) -> AbstractContextManager[str]:
+        """As of `Transport`."""
+
+    def lend(self, tensors: Sequence[torch.Tensor]) -> AbstractContextManager[str]:
+        """Where an engine on this host finds these tensors, in this order, while the context lasts."""
+
+    def close(self) -> None:
+        """As of `Transport`."""
+
+
 class Transport(Protocol):
     """One way for buckets to travel, on the trainer's side."""
 
     name: str
+    bucket_bytes: int
+    """How large a bucket suits it best."""
 
     def offer(self, host: str) -> AbstractContextManager[str]:
         """An address for an engine on `host` to try, while the context lasts. Entering it raises `TransportError`

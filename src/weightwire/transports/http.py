@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
-from weightwire.transports.base import Link, Sender, Wait
+from weightwire.transports.base import BUCKET_BYTES, Link, Sender, Wait
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["Http", "probe"]
@@ -21,6 +21,7 @@ class Http:
     """The trainer's half."""
 
     name = "http"
+    bucket_bytes = BUCKET_BYTES
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:

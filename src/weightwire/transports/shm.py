@@ -20,7 +20,7 @@ import torch
 
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
-from weightwire.transports.base import Link, Sender, Wait
+from weightwire.transports.base import BUCKET_BYTES, Link, Sender, Wait
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["Shm", "fetch", "probe"]
@@ -35,6 +35,7 @@ class Shm:
     """The trainer's half."""
 
     name = "shm"
+    bucket_bytes = BUCKET_BYTES
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root

@@ -119,24 +119,24 @@ def scan_lines(ready: Table) -> list[Pending]:
     return [Pending([row]) for row in sums.unbind()]
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _mix(x: Any) -> Any:
+@triton.jit
+def _mix(x):  # type: ignore[no-untyped-def]
     x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
     x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
     return x ^ (x >> 16)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scan(
-    table: Any,
-    places: Any,
-    sums: Any,
+def _scan(  # type: ignore[no-untyped-def]
+    table,
+    places,
+    sums,
     UNIT: tl.constexpr,
     WORD: tl.constexpr,
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     tile = tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(places + tile).to(tl.int64) * FIELDS
     first_row = tl.load(places + tile + 1).to(tl.int64)

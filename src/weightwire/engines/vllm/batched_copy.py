@@ -87,9 +87,9 @@ def _part(fields: Any, unit: int, device: torch.device) -> tuple[int, torch.Tens
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _copy(
-    table: Any, places: Any, WORD: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-) -> None:
+def _copy(  # type: ignore[no-untyped-def]
+    table, places, WORD: tl.constexpr, FIELDS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     tile = tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(places + tile).to(tl.int64) * FIELDS
     first_row = tl.load(places + tile + 1).to(tl.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -25,6 +26,8 @@ from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
 __all__ = ["VllmTarget"]
+
+logger = logging.getLogger("vllm.weightwire.target")
 
 _AHEAD = 1  # modules complete and not yet packed
 
@@ -51,7 +54,11 @@ class VllmTarget:
 
             torch.cuda.set_device(device)
             torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-            gpu.warm_up(device)
+            try:
+                gpu.warm_up(device)
+            except Exception:
+                # The update that needs them will say so again.
+                logger.exception("weightwire: the kernels could not be compiled")
 
     def prepare(self, manifest: Manifest) -> Staging:
         self._refuse_unsupported()

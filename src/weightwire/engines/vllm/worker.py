@@ -25,9 +25,12 @@ class WorkerExtension:
             from weightwire.receiver import Receiver
 
             worker: Any = self
+            target = VllmTarget(worker)
             receiver = Receiver(
-                VllmTarget(worker),
+                target,
                 transports.fetch,
+                open=transports.open_lent,
+                enter_thread=target.enter_thread,
                 probe=transports.probe,
                 sweep=transports.sweep,
                 rank=worker.rank,

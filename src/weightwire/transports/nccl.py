@@ -1,0 +1,265 @@
+"""Buckets as NCCL broadcasts from the trainer's GPU to those of its engines.
+
+The process group is our own, made directly over a store of its own, beside whatever groups either side has. Making it
+takes a second, so it is kept from publish to publish, and made anew when other engines or other ranks take part, or
+after any failure. NCCL itself waits for a dead peer for ever: this side never blocks in it, but looks whether each
+broadcast is over, and aborts the group when its time is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+
+from weightwire.errors import TransportError
+from weightwire.receiver import Arrivals
+from weightwire.transports.base import Link, Sender, Wait, Weights
+from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_for
+from weightwire.updates.buckets import Bucket
+
+__all__ = ["Nccl", "fetch", "probe"]
+
+_KEPT = "/kept"
+"""Behind the address of a group that every rank is in already."""
+_AHEAD = 3  # buckets a worker has memory for
+_GRACE_SECONDS = 600.0
+# Torch watches over its groups and, when one hangs, ends the process: an engine must outlive its trainer.
+_UNWATCHED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+}
+_environment = threading.Lock()
+
+
+class _Group(NamedTuple):
+    """A process group and who is in it."""
+
+    key: str
+    members: object
+    group: Any
+
+    def abort(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.group.abort()
+
+
+class Nccl:
+    """The trainer's half."""
+
+    name = "nccl"
+    bucket_bytes = 256 << 20
+
+    def __init__(self, weights: Weights) -> None:
+        self._weights = weights
+        self._meeting = Meeting()
+        self._group: _Group | None = None
+        self._device = torch.device("cuda")
+
+    @contextlib.contextmanager
+    def offer(self, host: str) -> Iterator[str]:
+        """`nccl:HOST:PORT/GPU`: where the store listens, and which GPU the trainer is on."""
+        device = self._weights.device
+        if device.type != "cuda":
+            raise TransportError(f"the weights are on the {device.type}, not on an Nvidia GPU")
+        if not dist.is_available() or not dist.is_nccl_available():
+            raise TransportError("this build of torch has no NCCL")
+        self._device = device
+        yield f"nccl:{self._meeting.open(host)}/{_uuid(device)}"
+
+    def bucket_limit(self, nbytes: int) -> int | None:
+        return None
+
+    def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
+        if self._meeting.store is None:
+            raise TransportError("nccl was never offered")
+        # The order of the links is that of the ranks, so the same engines in the same order are the same group.
+        members = [(link.engine, link.ranks) for link in links]
+        if self._group is not None and self._group.members != members:
+            self._drop()
+        return _Sender(self, self._meeting, links, members, max((b.nbytes for b in buckets), default=0), wait, lease)
+
+    def close(self) -> None:
+        self._drop()
+        self._meeting.close()
+
+    def _drop(self) -> None:
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+
+class _Sender:
+    def __init__(
+        self,
+        owner: Nccl,
+        meeting: Meeting,
+        links: Sequence[Link],
+        members: object,
+        nbytes: int,
+        wait: Wait,
+        lease: float,
+    ) -> None:
+        self._owner, self._members, self._nbytes, self._wait, self._lease = owner, members, nbytes, wait, lease
+        self._store: TCPStore = meeting.store  # type: ignore[assignment]
+        self._key = owner._group.key if owner._group else secrets.token_hex(16)
+        self._world = 1 + sum(link.ranks for link in links)
+        self.addresses: list[str | None] = []
+        first = 1
+        for link in links:
+            address = f"nccl:{meeting.host}:{self._store.port}/{self._key}/{first}/{self._world}"
+            self.addresses.append(address + _KEPT if owner._group else address)
+            first += link.ranks
+        self._buffers: list[torch.Tensor] = []
+        self._sent: list[Any] = []
+        self._finished = False
+
+    def buffer(self, bucket: Bucket) -> torch.Tensor:
+        slot = bucket.index % 2
+        if slot == len(self._buffers):
+            self._buffers.append(torch.empty(self._nbytes, dtype=torch.uint8, device=self._owner._device))
+        elif bucket.index >= 2:
+            self._finish(bucket.index - 2)
+        return self._buffers[slot][: bucket.nbytes]
+
+    def send(self, bucket: Bucket) -> None:
+        with torch.cuda.device(self._owner._device), as_transport_error("nccl", "sending"):
+            if self._owner._group is None:
+                group = _make(self._store, self._key, 0, self._world, self._wait_for)
+                self._owner._group = _Group(self._key, self._members, group)
+            group = self._owner._group.group
+            self._sent.append(group.broadcast([self._buffers[bucket.index % 2][: bucket.nbytes]], FROM_TRAINER))
+
+    def finish(self) -> None:
+        for index in range(len(self._sent)):
+            self._finish(index)
+        self._finished = True
+
+    def close(self) -> None:
+        if not self._finished:
+            # Somebody may wait in it, and what comes next must not be taken for what was meant to come.
+            self._owner._drop()
+        self._sent.clear()
+        self._buffers.clear()
+
+    def _wait_for(self, keys: list[str]) -> None:
+        self._wait(lambda: bool(self._store.check(keys)), "every rank to join the group")
+
+    def _finish(self, index: int) -> None:
+        self._wait(self._sent[index].is_completed, f"bucket {index} to be broadcast")
+
+
+def probe(offer: str) -> str | None:
+    """None when this rank and the trainer can be in a group, else why not."""
+    where, _, gpu = offer.partition("/")
+    if not torch.cuda.is_available() or not dist.is_nccl_available():
+        return "this engine is not on an Nvidia GPU with NCCL"
+    if gpu == _uuid(torch.device("cuda", torch.cuda.current_device())):
+        return "the trainer is on the same GPU, which NCCL refuses"
+    return reach("nccl", where)
+
+
+_joined: list[_Group] = []
+"""The one group that this worker is in, if any. Another trainer's replaces it."""
+
+
+def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+    """Receive each bucket in turn, on the current stream; what is done with it there is done before its memory is used
+    again."""
+    place = Place.parse("nccl", address.removesuffix(_KEPT))
+    if not _joined or _joined[0].key != place.key:
+        if address.endswith(_KEPT):
+            raise TransportError(
+                "this rank is not in the trainer's group, as after a restart", next_step="Publish again."
+            )
+        _join(place, arrivals)
+    group = _joined[0].group
+    complete = False
+    try:
+        size = max((b.nbytes for b in arrivals.buckets), default=0)
+        buffers = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in arrivals.buckets[:_AHEAD]]
+        first = arrivals.buckets[: _AHEAD - 1]
+        works = [group.broadcast([buffers[b.index][: b.nbytes]], FROM_TRAINER) for b in first]
+        for bucket in arrivals.buckets:
+            _wait(works[bucket.index], arrivals)
+            yield bucket.index, buffers[bucket.index % _AHEAD][: bucket.nbytes]
+            if (ahead := bucket.index + _AHEAD - 1) < len(arrivals.buckets):
+                following = arrivals.buckets[ahead]
+                data = buffers[ahead % _AHEAD][: following.nbytes]
+                works.append(group.broadcast([data], FROM_TRAINER))
+        complete = True
+    finally:
+        if not complete:
+            _leave()
+
+
+def _join(place: Place, arrivals: Arrivals) -> None:
+    _leave()
+    with as_transport_error("nccl", "joining the trainer's group"):
+        store = connect("nccl", place, arrivals.lease)
+        rank = place.first + arrivals.rank
+        group = _make(store, place.key, rank, place.world, lambda keys: wait_for(store, keys, arrivals))
+    _joined.append(_Group(place.key, store, group))
+
+
+def _leave() -> None:
+    while _joined:
+        _joined.pop().abort()
+
+
+def _wait(work: Any, arrivals: Arrivals) -> None:
+    silent_since = time.monotonic()
+    pause = 0.00005
+    while not work.is_completed():
+        if arrivals.cancelled.wait(pause):
+            raise TransportError("the update was aborted while its buckets were being fetched")
+        if time.monotonic() - silent_since > arrivals.lease:
+            raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s")
+        pause = min(pause * 1.5, 0.001)
+    with as_transport_error("nccl", "receiving"):
+        work.wait()  # the current stream, not this thread
+
+
+def _make(store: Store, key: str, rank: int, world: int, wait: Callable[[list[str]], None]) -> Any:
+    """Form the group. NCCL cannot be interrupted while it does, so nobody begins before all are there."""
+    store.set(f"{key}/{rank}", "")
+    wait([f"{key}/{other}" for other in range(world)])
+    nccl: Any = dist.ProcessGroupNCCL
+    options = nccl.Options()
+    options._timeout = timedelta(seconds=_GRACE_SECONDS)
+    with _unwatched():
+        group = nccl(PrefixStore(key, store), rank, world, options)
+    hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
+    group.broadcast([hello], FROM_TRAINER).wait()
+    return group
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    # A group reads these once, when it is made; the trainer's own groups are to keep theirs.
+    with _environment:
+        before = {name: os.environ.get(name) for name in _UNWATCHED}
+        os.environ.update(_UNWATCHED)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def _uuid(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
