@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--gpus", help="of the server")
+    parser.add_argument("--transport", help="by name")
     args, flags = parser.parse_known_args()
     last = torch.cuda.device_count() - 1
     device = torch.device("cuda", last if args.mode == "same" else 0)
@@ -108,7 +109,7 @@ def main() -> None:
     source = weights(device)
     how = {"staging": "none"} if args.mode == "direct" else {}
     with serving(args.gpus or str(last), flags or ["--enforce-eager"]) as url, ww.connect(url) as engines:
-        with ww.Publisher(source, engines) as publisher:
+        with ww.Publisher(source, engines, transport=args.transport, lease=20, deadline=60) as publisher:
             print(publisher.explain(), flush=True)
             updates = []
             for version in range(1, args.updates + 1):

@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import hypothesis.strategies as st
@@ -25,13 +25,14 @@ from weightwire.errors import (
     TransportError,
     UnknownTensor,
     UpdateNotFound,
+    VerificationError,
     VersionError,
     WeightwireError,
 )
 from weightwire.receiver import Arrivals, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
 from weightwire.updates.buckets import cut
-from weightwire.updates.digest import scan
+from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import Adapter, Manifest, TensorSpec
 
 WEIGHTS = (
@@ -102,10 +103,11 @@ class FakeStaging:
         assert not self.discarded
         self.staged[tensor][start : start + data.numel()] = data
 
-    def lend(self, tensor, data):
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))
 
-    def seal(self, scans) -> None:
+    def seal(self, scans: Sequence[Scan]) -> None:
+        self.scans = scans
         self._fail("seal")
 
     def check(self, seconds: float) -> bool:
@@ -568,6 +570,26 @@ def test_a_bucket_sent_twice_is_taken_once() -> None:
     receiver.seal("u", digests(1))
     assert receiver.commit("u")["digests"] == dict(zip(("wide", "small"), digests(1), strict=True))
     assert target.holds(1)
+
+
+def test_what_is_lent_is_taken_whole_and_verified() -> None:
+    target = FakeTarget()
+    lent = values(3)
+    receiver = Receiver(target, _never_fetched, open=lambda address, arrivals: lent, background=False)
+    manifest = msgspec.structs.replace(manifest_of(1), staging="lent")
+    receiver.begin("u", manifest, "trainer", 60.0)
+    receiver.stage("u", "cuda-ipc:")
+    assert receiver.poll("u")["received"] == len(cut(manifest)) > 1
+    with pytest.raises(VerificationError):
+        receiver.seal("u", digests(4))
+    receiver.seal("u", digests(3))
+    assert [scan.digest.hex() for scan in target.stagings[0].scans] == digests(3)
+    receiver.commit("u")
+    assert target.holds(3)
+
+
+def _never_fetched(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+    raise AssertionError("nothing is fetched of what is lent")
 
 
 def test_a_partial_update_begun_before_a_poisoning_cannot_heal_it() -> None:

@@ -120,13 +120,21 @@ class Publisher:
     ) -> Receipt:
         """Make the source's weights, as they are now, version `version` of every engine, or of the adapter there.
 
-        `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `pause` says what happens to requests
+        `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `staging="none"`, for engines on a GPU
+        without room for a second copy, writes over the live weights while the engine stands still; if that fails it
+        refuses to generate until the next complete update. `pause` says what happens to requests
         in flight (`engines.base.Pause`). The prefix cache is reset, unless `keep_cache`. Raises a `WeightwireError`
         with the engine and the phase; unless that is `commit`, every engine still serves what it served before. After
         it, `PublishError.outcomes` and each engine's `status()` say which has changed; an adapter is taken back.
         """
         if pause not in ("keep", "wait", "abort"):
             raise UsageError(f"pause={pause!r}", next_step="Take 'keep', 'wait' or 'abort'.")
+        if staging not in ("copy", "none") or (staging == "none" and pause != "keep"):
+            raise UsageError(
+                f"staging={staging!r} with pause={pause!r}",
+                next_step="Take staging='copy', or 'none' with pause='keep': then the engine stands still from the "
+                "beginning, and requests in flight go on under the new weights.",
+            )
         version = _as_version(version)
         if deadline is not None and deadline <= 0:
             raise UsageError(f"deadline={deadline}: it is seconds and must be positive")

@@ -149,6 +149,8 @@ class _Update:
     scans: list[Scan | Pending]
     known: list[Scan] = field(default_factory=list)
     received: set[int] = field(default_factory=set)
+    overwrites: bool = False
+    began: float = field(default_factory=time.perf_counter)
     jobs: list[Future[None]] = field(default_factory=list)
     error: WeightwireError | None = None
     ready: bool = False
@@ -403,6 +405,7 @@ class Receiver:
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
                 "version": update.manifest.version,
                 "kind": update.manifest.kind,
+                "stood": time.perf_counter() - update.began if update.manifest.staging == "none" else 0.0,
                 "transport": update.transport,
                 "tensors": len(update.manifest.tensors),
                 "nbytes": update.manifest.nbytes,
@@ -432,16 +435,19 @@ class Receiver:
         job = self._proofs[1]
         return job.result() if job.done() else None
 
-    def abort(self, id: str, reason: str = "it was aborted") -> bool:
+    def abort(self, id: str, reason: str = "it was aborted") -> str | None:
         """Forget an update; aborting one that is no more is no error. An adapter's is undone if it was the last to be
-        committed, as when another rank or engine failed to; whether it was."""
+        committed, as when another rank or engine failed to: "reverted". "stopped", if the engine stands still for it
+        (`staging="none"`) and somebody must let it go on, or refuse."""
         with self._lock:
             if self._update is not None and self._update.id == id:
+                stopped = self._update.manifest.staging == "none"
                 self._end(self._update, reason)
-            elif self._last is not None and self._last[0] == id:
+                return "stopped" if stopped else None
+            if self._last is not None and self._last[0] == id:
                 self._remember(id, reason)
-                return self._revisions.revert(self._last[1])
-            return False
+                return "reverted" if self._revisions.revert(self._last[1]) else None
+            return None
 
     # -- adapters --------------------------------------------------------------------------------------------------
 
@@ -564,14 +570,22 @@ class Receiver:
         specs = [update.manifest.tensors[piece.tensor] for piece in pieces]
         dtypes = [getattr(torch, spec.dtype) for spec in specs]
         scans = scan_runs_any(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
+        self._poison_what_is_overwritten(update)
         for piece, spec, dtype, scanned in zip(pieces, specs, dtypes, scans, strict=True):
             update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
             run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
             update.staging.write(piece.tensor, piece.start, run)
         self._arrived(update, (index,))
 
+    def _poison_what_is_overwritten(self, update: _Update) -> None:
+        if update.manifest.staging == "none" and not update.overwrites:
+            # Until its commit there is no version that this rank holds.
+            update.overwrites = True
+            self.poison(f"version {update.manifest.version} is being written over the one that was served")
+
     def _arrived(self, update: _Update, buckets: Iterable[int]) -> None:
-        known = settle(update.scans) if len(update.received) + 1 >= len(update.buckets) else []
+        complete = len(update.received.union(buckets)) == len(update.buckets)
+        known = settle(update.scans) if complete else []
         with self._lock:
             update.received.update(buckets)
             update.expires = self._clock() + update.lease

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -63,7 +64,10 @@ class Rank:
     def prepare(self, manifest: Manifest) -> Staged:
         if self.refuse is not None:
             raise self.refuse
-        return Staged(self)
+        staged = Staged(self)
+        if manifest.staging == "none":
+            staged._staged = self.live
+        return staged
 
     def room(self) -> int:
         return self.room_left
@@ -80,10 +84,10 @@ class Staged:
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._staged[start : start + data.numel()] = data
 
-    def lend(self, tensor, data):
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))
 
-    def seal(self, scans) -> None:
+    def seal(self, scans: Sequence[Any]) -> None:
         self._break("seal")
 
     def check(self, seconds: float) -> bool:
@@ -223,6 +227,87 @@ def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None
         assert (status.version, status.state, status.ranks, status.receipt) == (7, "idle", 3, receipt)
         assert "pause keep True" in host.log
         assert not host.paused
+
+    asyncio.run(run())
+
+
+async def eventually(happened: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
+        while not happened():
+            await asyncio.sleep(0.01)
+
+
+def direct(version: int) -> Manifest:
+    return msgspec.structs.replace(manifest_of(version), staging="none")
+
+
+def test_without_a_staged_copy_the_engine_stands_still_from_the_beginning(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS)).id
+        assert host.paused
+        await control.stage(id, "test:7", SECONDS)
+        assert host.live() == [7.0] * 3  # before it is verified, which is what was asked for
+        assert (await control.status((), SECONDS)).poisoned
+        await control.seal(id, digests_of(7), SECONDS)
+        receipt = await control.commit(id, "keep", False, SECONDS)
+        assert receipt.pause >= receipt.seconds["stage"]
+        assert (host.states(), host.refusal, host.paused, host.version) == ({"idle"}, None, False, 7)
+        await asyncio.sleep(1.2)  # the watch over it has nothing more to do
+        assert host.log.count("resume") == 1
+
+    asyncio.run(run())
+
+
+def test_aborted_before_anything_was_written_the_engine_goes_on(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS)).id
+        await control.abort(id, SECONDS)
+        assert (host.paused, host.refusal, host.live()) == (False, None, [0.0] * 3)
+        await heals(control, host, 8)
+
+    asyncio.run(run())
+
+
+def test_aborted_in_the_middle_the_engine_refuses_until_it_is_healed(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS)).id
+        await control.put(id, 0, bytes(4096), SECONDS)
+        await control.abort(id, SECONDS)
+        assert "version 7 is being written" in (host.refusal or "")
+        with pytest.raises(PoisonedError):
+            await control.begin(manifest_of(8, partial=True), "trainer", SECONDS, SECONDS)
+        await heals(control, host, 7)
+
+    asyncio.run(run())
+
+
+def test_digests_that_differ_leave_it_refusing(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS)).id
+        await control.stage(id, "test:6", SECONDS)
+        with pytest.raises(VerificationError):
+            await control.seal(id, digests_of(7), SECONDS)
+        await eventually(lambda: host.refusal is not None)
+        await heals(control, host, 8)
+
+    asyncio.run(run())
+
+
+def test_a_trainer_that_goes_silent_does_not_stop_the_engine_for_ever(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        await control.begin(direct(7), "trainer", SECONDS, SECONDS)
+        host.hours = 1.0
+        await eventually(lambda: not host.paused)
+        id = (await control.begin(direct(8), "trainer", SECONDS, SECONDS)).id
+        await control.put(id, 0, bytes(4096), SECONDS)
+        host.hours = 2.0
+        await eventually(lambda: host.refusal is not None)
+        await heals(control, host, 9)
 
     asyncio.run(run())
 

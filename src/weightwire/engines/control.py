@@ -7,6 +7,7 @@ the workers' receivers. Every step asks all ranks and takes the strictest answer
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import secrets
@@ -39,6 +40,7 @@ logger = logging.getLogger("vllm.weightwire.control")
 T = TypeVar("T")
 _CLEAN_UP_SECONDS = 20.0
 _LINGER_SECONDS = 0.01  # a request that comes meanwhile waits for as long
+_WATCH_SECONDS = 0.5  # how soon it is seen that a trainer has gone silent, for which the engine stands still
 _unwaited: set[asyncio.Future[None]] = set()
 
 
@@ -82,6 +84,7 @@ class Control:
         self.stale = False
         """Whether new requests on this side may not find the adapters that the ranks have."""
         self._refreshing = asyncio.Lock()
+        self._ended: set[str] = set()  # updates for which the engine stood still, that were committed from here
 
     async def status(self, offers: Sequence[str], timeout: float) -> EngineStatus:
         ranks = await self._all("status", timeout)
@@ -111,11 +114,16 @@ class Control:
         return (await self.status((), timeout)).poisoned
 
     async def begin(self, manifest: Manifest, holder: str, lease: float, timeout: float) -> Begun:
-        id = secrets.token_hex(16)
+        id, deadline = secrets.token_hex(16), time.monotonic() + timeout
         plain = msgspec.to_builtins(manifest)
         try:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease)
             _refuse_left_over(manifest, ranks)
+            if manifest.staging == "none":
+                await self._in_time(self.host.pause("keep", False), deadline - time.monotonic(), "begin")
+                task = asyncio.ensure_future(self._watch_stopped(id))
+                _unwaited.add(task)
+                task.add_done_callback(_unwaited.discard)
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
@@ -144,6 +152,8 @@ class Control:
         try:
             await self._in_time(self.host.pause(pause, not keep_cache), timeout, "pause")
             parts = await self._apply(id, deadline)
+            if any(part["stood"] for part in parts):
+                self._ended.add(id)
             await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
             resumed = time.monotonic()
             proofs = await self._prove(id, deadline)
@@ -157,7 +167,8 @@ class Control:
                 phase="commit",
                 next_step="The engine refuses to generate. Publish a complete update to heal it.",
             ) from error
-        receipt = self._receipt(parts, resumed - started, time.monotonic() - resumed, proofs)
+        stood = max(part["stood"] for part in parts)
+        receipt = self._receipt(parts, max(resumed - started, stood), time.monotonic() - resumed, proofs)
         await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
         return receipt
 
@@ -241,8 +252,25 @@ class Control:
         )  # fmt: skip
 
     async def abort(self, id: str, timeout: float) -> None:
-        if any(await self._all("abort", timeout, id=id)):
-            await self.refresh(timeout)  # it was an adapter's, and had been committed
+        was = await self._all("abort", timeout, id=id)
+        if "reverted" in was:
+            await self.refresh(timeout)
+        if "stopped" in was:
+            await self._go_on_or_refuse(timeout)
+
+    async def _watch_stopped(self, id: str) -> None:
+        """An engine that stands still for an update must not do so for ever: if its trainer goes silent, nobody else
+        hears of it."""
+        with contextlib.suppress(WeightwireError):
+            while ((await self.status((), _CLEAN_UP_SECONDS)).update or {}).get("id") == id:
+                await asyncio.sleep(_WATCH_SECONDS)
+        if id not in self._ended:
+            await self._go_on_or_refuse(_CLEAN_UP_SECONDS)
+        self._ended.discard(id)
+
+    async def _go_on_or_refuse(self, timeout: float) -> None:
+        poisoned = await self.poisoned(timeout)
+        await (self.host.refuse(poisoned) if poisoned else self.host.resume())
 
     async def give_up(self, id: str, error: BaseException, reason: str) -> None:
         """Abort, on the way out of a failure: what goes wrong in here is logged and no more."""

@@ -99,19 +99,28 @@ class _Opened:
 
     def __init__(self) -> None:
         self._open: dict[bytes, tuple[int, int]] = {}
+        self._last: tuple[object, list[torch.Tensor]] = (None, [])
         self._lock = threading.Lock()
 
-    def take(self, lent: _Lent) -> list[tuple[int, int]]:
-        """Open what is new, and close what is named no more."""
+    def take(self, address: str, tensors: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
+        """Open what is new, close what is named no more, and find the tensors in it."""
         with self._lock:
+            if self._last[0] == (address, tensors):
+                return self._last[1]
+            lent = _parse(address)
+            if len(lent.tensors) != len(tensors):
+                raise UsageError(f"{len(lent.tensors)} tensors are lent, the manifest has {len(tensors)}")
+            self._last = (None, [])
             wanted = {handle for handle, _ in lent.allocations}
             for handle in self._open.keys() - wanted:
-                address, _ = self._open.pop(handle)
-                cuda_driver.close_handle(address)
+                cuda_driver.close_handle(self._open.pop(handle)[0])
             for handle in wanted - self._open.keys():
-                address = cuda_driver.open_handle(handle)
-                self._open[handle] = (address, cuda_driver.range_of(address)[1])
-            return [self._open[handle] for handle, _ in lent.allocations]
+                opened = cuda_driver.open_handle(handle)
+                self._open[handle] = (opened, cuda_driver.range_of(opened)[1])
+            places = [self._open[handle] for handle, _ in lent.allocations]
+            found = [_view(places, place, spec) for place, spec in zip(lent.tensors, tensors, strict=True)]
+            self._last = ((address, tensors), found)
+            return found
 
 
 _opened = _Opened()
@@ -124,11 +133,7 @@ def open_lent(address: str, tensors: Sequence[TensorSpec]) -> list[torch.Tensor]
         if [tuple(t.shape) for t in found] != [spec.shape for spec in tensors]:
             raise UsageError("what is lent are other tensors than the manifest's")
         return found
-    lent = _parse(address)
-    if len(lent.tensors) != len(tensors):
-        raise UsageError(f"{len(lent.tensors)} tensors are lent, the manifest has {len(tensors)}")
-    places = _opened.take(lent)
-    return [_view(places, place, spec) for place, spec in zip(lent.tensors, tensors, strict=True)]
+    return _opened.take(address, tuple(tensors))
 
 
 def probe(offer: str) -> str | None:

@@ -100,34 +100,38 @@ class Scan(NamedTuple):
 class Pending:
     """A scan on a GPU whose numbers have not been read yet. It adds up with others, and with scans that are known."""
 
-    __slots__ = ("_known", "_rows")
+    __slots__ = ("known", "rows")
 
-    def __init__(self, rows: Sequence[torch.Tensor], known: Scan | None = None) -> None:
-        self._rows = list(rows)
-        self._known = known or Scan(NO_DIGEST, 0)
+    def __init__(self, rows: Sequence[tuple[torch.Tensor, int]], known: Scan | None = None) -> None:
+        self.rows = rows
+        """Where its numbers will be: rows (low, high, nonfinite) of tables of int64."""
+        self.known = known or Scan(NO_DIGEST, 0)
 
     def __add__(self, other: Scan | Pending) -> Pending:
         if isinstance(other, Pending):
-            return Pending([*self._rows, *other._rows], self._known + other._known)
-        return Pending(self._rows, self._known + other)
+            return Pending([*self.rows, *other.rows], self.known + other.known)
+        return Pending(self.rows, self.known + other)
 
     __radd__ = __add__
 
 
 def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
-    """The numbers of many scans; those still on a GPU by one copy, which waits for them. Call it on the stream that
-    they were made on.
+    """The numbers of many scans; those still on a GPU are waited for. Call it on the stream that they were made on.
 
-    >>> settle([Scan(Digest(1, 2), 0), Pending([torch.tensor([1, -1, 0])]) + Scan(Digest(1, 2), 3)])
+    >>> settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
-    rows = [row for scan in scans if isinstance(scan, Pending) for row in scan._rows]
-    numbers = iter(torch.stack(rows).tolist() if rows else ())
+    tables: dict[int, list[list[int]]] = {}
     settled = []
     for scan in scans:
         if isinstance(scan, Pending):
-            parts = (Scan(Digest(low, high), nonfinite) for low, high, nonfinite in (next(numbers) for _ in scan._rows))
-            scan = sum(parts, scan._known)
+            total = scan.known
+            for table, row in scan.rows:
+                if id(table) not in tables:
+                    tables[id(table)] = table.tolist()
+                low, high, nonfinite = tables[id(table)][row]
+                total += Scan(Digest(low, high), nonfinite)
+            scan = total
         settled.append(scan)
     return settled
 
@@ -182,9 +186,8 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
         return [scan(tensor) for tensor in tensors]
     from weightwire.updates import digest_cuda
 
-    lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
-    device = torch.device("cuda", torch.cuda.current_device())
-    return [*digest_cuda.scan_lines(digest_cuda.table(lines, device))]
+    places = tuple((t.data_ptr(), t.numel(), t.dtype) for t in tensors)
+    return [*digest_cuda.scan_places(places, torch.device("cuda", torch.cuda.current_device()))]
 
 
 def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:

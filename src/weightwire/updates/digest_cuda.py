@@ -6,7 +6,7 @@ sums stay on the device until `digest.settle` reads many of them at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,9 +18,9 @@ from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, tiles
 
-__all__ = ["Line", "Table", "line_of", "lines_of", "scan_lines", "table"]
+__all__ = ["Line", "Table", "line_of", "lines_of", "scan_lines", "scan_places", "table"]
 
-_UNITS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
+_WORDS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
 
 class Line(NamedTuple):
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 class Table(NamedTuple):
     """Lines made ready for launches: on the device, those that can be read in the same units together."""
 
-    parts: list[tuple[int, torch.Tensor, Tiles]]
+    parts: list[tuple[int, bool, torch.Tensor, Tiles]]
     lines: int
     device: torch.device
 
@@ -82,20 +82,51 @@ def lines_of(address: int, box: Box, strides: Sequence[int], full: Sequence[int]
 def table(lines: Sequence[Line], device: torch.device) -> Table:
     """Make lines ready. They may be launched again and again for as long as what they point to stays there."""
     fields = np.array(lines, np.int64).reshape(-1, len(Line._fields))
+    numbers = np.arange(len(fields))
+    present = (fields[:, 1] > 0) & (fields[:, 2] > 0)
+    fields, numbers = _within_keys(fields[present], numbers[present])
     # Words of the full tensor where memory has them whole and aligned, else halves or bytes of them.
-    places = fields[:, 0] | fields[:, 2] | fields[:, 3] | fields[:, 4] | fields[:, 5]
+    bits = fields[:, 0] | fields[:, 2] | fields[:, 3] | fields[:, 4] | fields[:, 5]
     parts = []
-    for unit in _UNITS:
-        mine = places % unit == 0
-        if unit < max(_UNITS):
-            mine &= places % (unit * 2) != 0
-        chosen = np.flatnonzero(mine & (fields[:, 1] > 0) & (fields[:, 2] > 0))
-        if len(chosen):
-            parts.append(_part(fields[chosen], chosen, unit, device))
+    for least, (unit, vectors) in _KINDS.items():
+        mine = bits % least == 0
+        if mine.any():
+            parts.append((unit, vectors, *_part(fields[mine], numbers[mine], unit, device)))
+        fields, numbers, bits = fields[~mine], numbers[~mine], bits[~mine]
     return Table(parts, len(lines), device)
 
 
-def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[int, torch.Tensor, Tiles]:
+_KINDS = {16: (4, True), 4: (4, False), 2: (2, False), 1: (1, False)}
+"""By what all of a line's places are multiples of: the bytes of a unit, and whether they can be read 16 at a time."""
+_KEY_BYTES = 4 << 32
+
+
+def _within_keys(fields: Any, numbers: Any) -> tuple[Any, Any]:
+    # The high half of a word's index is a key, which a kernel works out once for a line.
+    crossing = (
+        fields[:, 4] // _KEY_BYTES
+        != (fields[:, 4] + (fields[:, 1] - 1) * fields[:, 5] + fields[:, 2] - 1) // _KEY_BYTES
+    )
+    if not crossing.any():
+        return fields, numbers
+    made, of = [*fields[~crossing]], [*numbers[~crossing]]
+    for line, number in zip(fields[crossing].tolist(), numbers[crossing], strict=True):
+        for part in _cut(Line(*line)):
+            made.append(np.array(part, np.int64))
+            of.append(number)
+    return np.array(made), np.array(of)
+
+
+def _cut(line: Line) -> Iterator[Line]:
+    for row in range(line.rows):
+        address, start, left = line.address + row * line.pitch, line.start + row * line.step, line.width
+        while left:
+            width = min(left, _KEY_BYTES - start % _KEY_BYTES)
+            yield line._replace(address=address, rows=1, width=width, pitch=width, start=start, step=width)
+            address, start, left = address + width, start + width, left - width
+
+
+def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[torch.Tensor, Tiles]:
     address, rows, width, pitch, start, step, exponent, lowest, stride = fields.T
     width = width // unit
     limit = rows * width
@@ -106,17 +137,35 @@ def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[i
     pitch = np.where(run, COLUMNS * unit, pitch)
     step = np.where(run, COLUMNS * unit, step)
     made = np.stack([address, width, pitch, limit, start, step, exponent, lowest, stride, numbers], axis=1)
-    return unit, torch.from_numpy(made).to(device, non_blocking=True), tiles(rows, width, device)
+    return torch.from_numpy(made).to(device), tiles(rows, width, device)
 
 
 def scan_lines(ready: Table) -> list[Pending]:
     """A scan of each line of a table, on the current stream."""
     sums = torch.zeros(ready.lines, 3, dtype=torch.int64, device=ready.device)
-    for unit, made, places in ready.parts:
+    for unit, vectors, made, places in ready.parts:
         _scan[(places.count,)](
-            made, places.places, sums, UNIT=unit, WORD=_UNITS[unit], FIELDS=made.shape[1], ROWS=ROWS, COLUMNS=COLUMNS
-        )
-    return [Pending([row]) for row in sums.unbind()]
+            made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, FIELDS=made.shape[1],
+            ROWS=ROWS, COLUMNS=COLUMNS,
+        )  # fmt: skip
+    return [Pending([(sums, row)]) for row in range(ready.lines)]
+
+
+def scan_places(places: tuple[tuple[int, int, torch.dtype], ...], device: torch.device) -> list[Pending]:
+    """A scan of each of many whole tensors, given as address, number of elements and dtype. What an update scans is
+    mostly where it was at the one before, so the last few tables are kept."""
+    key = (places, device)
+    ready = _tables.pop(key, None) or table(
+        [line_of(address, 0, count, dtype) for address, count, dtype in places], device
+    )
+    _tables[key] = ready
+    while len(_tables) > _KEPT_TABLES:
+        del _tables[next(iter(_tables))]
+    return scan_lines(ready)
+
+
+_tables: dict[object, Table] = {}
+_KEPT_TABLES = 4
 
 
 @triton.jit
@@ -127,55 +176,62 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _words(line, row, column, UNIT: tl.constexpr, WORD: tl.constexpr, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of a line: its words, and the low halves of their indices in the full tensor."""
+    address, width, pitch = tl.load(line), tl.load(line + 1), tl.load(line + 2)
+    left = tl.minimum(width, tl.load(line + 3) - row * width).to(tl.int32)
+    address += row * pitch
+    data = address.to(tl.pointer_type(WORD), bitcast=True)
+    if VECTORS:
+        data = tl.multiple_of(data, 16)
+        left = tl.multiple_of(left, 4)
+    word = tl.load(data + column, mask=column < left, other=0).to(tl.uint32)
+    at = tl.load(line + 4) + row * tl.load(line + 5)
+    if UNIT == 4:
+        return word, (at >> 2).to(tl.uint32) + column.to(tl.uint32)
+    byte = (at & 3).to(tl.int32) + column * UNIT
+    return word << ((byte & 3) * 8).to(tl.uint32), (at >> 2).to(tl.uint32) + (byte >> 2).to(tl.uint32)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _scan(  # type: ignore[no-untyped-def]
     table,
     places,
     sums,
     UNIT: tl.constexpr,
     WORD: tl.constexpr,
+    VECTORS: tl.constexpr,
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     tile = tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(places + tile).to(tl.int64) * FIELDS
-    first_row = tl.load(places + tile + 1).to(tl.int64)
-    first_column = tl.load(places + tile + 2).to(tl.int64)
-    address = tl.load(line)
-    width = tl.load(line + 1)
-    pitch = tl.load(line + 2)
-    limit = tl.load(line + 3)
-    start = tl.load(line + 4)
-    step = tl.load(line + 5)
+    first = tl.load(places + tile + 1).to(tl.int64)
+    column = tl.multiple_of(tl.load(places + tile + 2), COLUMNS) + tl.arange(0, COLUMNS)
     exponent = tl.load(line + 6).to(tl.uint32)
     lowest = tl.load(line + 7).to(tl.uint32)
-    stride = tl.load(line + 8)
-    number = tl.load(line + 9)
-    column = first_column + tl.arange(0, COLUMNS)
+    key = _mix((tl.load(line + 4) >> 34).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
     low = tl.zeros((COLUMNS,), tl.uint64)
     high = tl.zeros((COLUMNS,), tl.uint64)
     suspect = tl.zeros((COLUMNS,), tl.uint32)
     for i in range(ROWS):
-        row = first_row + i
-        inside = (column < width) & (row * width + column < limit)
-        data = (address + row * pitch).to(tl.pointer_type(WORD), bitcast=True)
-        word = tl.load(data + column, mask=inside, other=0).to(tl.uint32)
-        at = start + row * step + column * UNIT
-        if UNIT < 4:
-            word = word << ((at & 3) * 8).to(tl.uint32)
-        place = at >> 2
-        key = _mix((place >> 32).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
-        mixed = _mix(place.to(tl.uint32) ^ key)
+        word, place = _words(line, first + i, column, UNIT, WORD, VECTORS)
+        mixed = _mix(place ^ key)
         again = mixed * tl.full((), 0x31848BAB, tl.uint32)
         low += word.to(tl.uint64) * (mixed | 1).to(tl.uint64)
         high += word.to(tl.uint64) * ((again ^ (again >> 14)) | 1).to(tl.uint64)
-        full = ((word & exponent) + lowest) & (exponent + lowest)
-        # An element of two words has its exponent in the second.
-        full = tl.where((stride == 1) | ((place & 1) == 1), full, 0)
-        suspect += (full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)
-    sums += number * 3
+        suspect |= ((word & exponent) + lowest) & (exponent + lowest)
+    sums += tl.load(line + 9) * 3
     tl.atomic_add(sums, tl.sum(low).to(tl.int64, bitcast=True), sem="relaxed")
     tl.atomic_add(sums + 1, tl.sum(high).to(tl.int64, bitcast=True), sem="relaxed")
-    found = tl.sum(suspect.to(tl.int64))
-    if found > 0:
-        tl.atomic_add(sums + 2, found, sem="relaxed")
+    if tl.max(suspect) > 0:
+        # Seldom: a second look says how many there are. An element of two words has its exponent in the second.
+        stride = tl.load(line + 8)
+        found = tl.zeros((COLUMNS,), tl.uint32)
+        for i in range(ROWS):
+            word, place = _words(line, first + i, column, UNIT, WORD, VECTORS)
+            full = ((word & exponent) + lowest) & (exponent + lowest)
+            full = tl.where((stride == 1) | ((place & 1) == 1), full, 0)
+            found += (full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)
+        tl.atomic_add(sums + 2, tl.sum(found.to(tl.int64)), sem="relaxed")

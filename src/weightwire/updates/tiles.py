@@ -25,16 +25,19 @@ class Tiles(NamedTuple):
 
 
 def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
-    """Tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units.
+    """Tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units, none of them empty.
 
-    >>> tiles([17, 1], [1024, 3000], torch.device("cpu")).places.tolist()
+    >>> tiles(np.array([17, 1]), np.array([1024, 3000]), torch.device("cpu")).places.tolist()
     [[0, 0, 0], [0, 16, 0], [1, 0, 0], [1, 0, 1024], [1, 0, 2048]]
     """
-    down = -(-np.asarray(counts, np.int64) // ROWS)
-    across = -(-np.asarray(widths, np.int64) // COLUMNS)
-    each = down * across
-    line = np.repeat(np.arange(len(each), dtype=np.int64), each)
-    within = np.arange(int(each.sum()), dtype=np.int64) - np.repeat(np.cumsum(each) - each, each)
-    row, column = np.divmod(within, across[line])
-    places = np.stack([line, row * ROWS, column * COLUMNS], axis=1).astype(np.int32)
-    return Tiles(torch.from_numpy(places).to(device, non_blocking=True), len(places))
+    across = -(-widths // COLUMNS)
+    each = -(-counts // ROWS) * across
+    ends = np.cumsum(each)
+    total = int(ends[-1])
+    # Spread out on the device: there are hundreds of thousands of tiles to a few hundred lines.
+    facts = torch.from_numpy(np.stack([each, ends - each, across]).astype(np.int64)).to(device)
+    line = torch.repeat_interleave(torch.arange(len(each), device=device), facts[0], output_size=total)
+    within = torch.arange(total, device=device) - facts[1][line]
+    row = within // facts[2][line]
+    column = within - row * facts[2][line]
+    return Tiles(torch.stack([line, row * ROWS, column * COLUMNS], dim=1).to(torch.int32), total)

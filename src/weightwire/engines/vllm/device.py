@@ -120,8 +120,8 @@ class DeviceStaging:
             for copy in copies
             for region in self._places(number, spec, copy)
         ]
-        places = tuple((r.source, r.target, r.live.dtype, r.copy, r.spec.shape) for r in self._regions)
-        key = (self._manifest.staging, places)
+        # All else of a region follows from the plan.
+        key = (self._plan, [(region.source, region.target) for region in self._regions])
         if self._tables.key != key:
             self._fill(key)
         # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
