@@ -10,6 +10,8 @@ __all__ = ["PRIVATE", "missing_names", "rename_mapper", "supports"]
 PRIVATE: dict[str, tuple[str, ...]] = {
     # module -> attributes, dotted where they are on a class
     "vllm.v1.worker.worker_base": ("WorkerBase.get_model",),
+    "vllm.v1.executor.multiproc_executor": ("MultiprocExecutor.collective_rpc", "WorkerProc._execute_worker_rpc"),
+    "vllm.distributed.device_communicators.shm_broadcast": ("MessageQueue.dequeue", "SpinCondition.wait"),
     "vllm.model_executor.model_loader.utils": ("initialize_model",),
     "vllm.utils.torch_utils": ("set_default_torch_dtype",),
     "vllm.model_executor.layers.linear": ("UnquantizedLinearMethod.process_weights_after_loading",),

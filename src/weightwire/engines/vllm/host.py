@@ -9,6 +9,7 @@ from weightwire.engines.base import Pause
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
 from weightwire.engines.vllm.names import Names, names_of
+from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 
 __all__ = ["AsyncHost", "SyncHost"]
@@ -45,7 +46,7 @@ class AsyncHost:
         # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
         # question. Control keeps the deadline; here the processes are watched, which vLLM's own call does not do.
         self._raise_if_dead()
-        task = asyncio.ensure_future(self._engine.collective_rpc(_CALL, args=(op, arguments, body)))
+        task = asyncio.ensure_future(self._engine.collective_rpc(CALL, args=(op, arguments, body)))
         try:
             while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
                 self._raise_if_dead()
@@ -112,7 +113,7 @@ class SyncHost:
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         try:
-            return list(await in_thread(lambda: self._llm.collective_rpc(_CALL, args=(op, arguments, body))))
+            return list(await in_thread(lambda: self._llm.collective_rpc(CALL, args=(op, arguments, body))))
         except Exception as error:
             raise _lost(error, self.name) from error
 

@@ -15,8 +15,10 @@ def register() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
+    from weightwire.engines.vllm import spin
     from weightwire.engines.vllm.worker import WorkerExtension
 
+    spin.install()
     if not hasattr(WorkerBase, "__weightwire__"):
         WorkerBase.__weightwire__ = WorkerExtension.__weightwire__
 
