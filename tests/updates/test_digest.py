@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightwire.updates.boxes import Box
-from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan, scan_box
+from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan, scan_and_copy, scan_box
 from weightwire.updates.manifest import DTYPES
 
 NAMES = sorted(DTYPES)
@@ -299,3 +299,20 @@ def test_what_is_no_digest_is_refused(text):
 def test_only_its_like_is_added(whole):
     with pytest.raises(TypeError):
         whole + 1
+
+
+@given(raw=st.binary(max_size=9000), name=st.sampled_from(NAMES), skip=st.integers(0, 3), start=st.integers(0, 9))
+@settings(max_examples=100)
+def test_scanned_and_copied_in_one_pass(raw, name, skip, start):
+    elements = tensor_of(raw, name)[skip:]
+    around = torch.full((elements.numel() + 2,), 1, dtype=elements.dtype)
+    before = bytes_of(around[:1])
+    assert scan_and_copy(elements, start, around[1:-1]) == scan(elements, start)
+    assert bytes_of(around) == before + bytes_of(elements) + before
+
+
+@pytest.mark.parametrize("to", [torch.zeros(3), torch.zeros(4, dtype=torch.float64)])
+def test_a_copy_to_another_dtype_or_size_is_refused(to):
+    with pytest.raises(ValueError, match="cannot be copied"):
+        scan_and_copy(torch.ones(4), 0, to)
+    assert not to.any()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from weightwire.updates.digest import Pending, Scan, scan_any
+from weightwire.updates.digest import Pending, Scan, scan_and_copy, scan_any
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -74,8 +74,10 @@ class LocalSource:
             # One at a time, since it may be a copy.
             self._flat = {tensor: self._tensors[tensor].detach().reshape(-1)}
         run = self._flat[tensor][start : start + out.numel()]
-        out.copy_(run)
         # Of the weights themselves, so that the copy into the bucket is covered too.
+        if run.device.type == out.device.type == "cpu" and run.is_contiguous():
+            return scan_and_copy(run, start, out)
+        out.copy_(run)
         return scan_any(run, start)
 
     @property

@@ -38,6 +38,7 @@ __all__ = [
     "Pending",
     "Scan",
     "scan",
+    "scan_and_copy",
     "scan_any",
     "scan_box",
     "scan_runs",
@@ -150,6 +151,24 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
 
 
+def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:
+    """`scan`, and in the same pass a copy of the elements to as many of the same dtype; both 1-D, contiguous, on the
+    CPU.
+
+    >>> copied = torch.zeros(3)
+    >>> scan_and_copy(torch.arange(3.0), 5, copied) == scan(torch.arange(3.0), 5), copied
+    (True, tensor([0., 1., 2.]))
+    """
+    if elements.dtype != to.dtype or elements.numel() != to.numel():
+        raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
+    memory, target = (t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() for t in (elements, to))
+    size = elements.element_size()
+    low, high, nonfinite = _sum_rows(
+        memory, target, elements.data_ptr(), 1, memory.size, memory.size, start * size, 0, *_exponents(elements.dtype)
+    )
+    return Scan(Digest(int(low), int(high)), int(nonfinite))
+
+
 def scan_any(elements: torch.Tensor, start: int = 0) -> Scan | Pending:
     """`scan`, wherever the elements are: where that is a GPU, queued on its current stream.
 
@@ -206,7 +225,7 @@ def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtyp
     places = [(at, count * size, start * size) for (at, count, start, _), size in zip(runs, sizes, strict=True)]
     facts = [_exponents(dtype) for *_, dtype in runs]
     sums = _sum_runs(data.numpy(), data.data_ptr(), np.array(places, np.int64), np.array(facts, np.int64))
-    return [Scan(Digest(int(low), int(high)), int(nonfinite)) for low, high, nonfinite in sums]
+    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in sums.tolist()]
 
 
 def scan_box(elements: torch.Tensor, box: Box, shape: Sequence[int]) -> Scan:
@@ -249,7 +268,15 @@ def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
     pitch = rows.stride(0)
     memory = rows.as_strided(((count - 1) * pitch + width,), (1,)).view(torch.uint8).numpy()
     low, high, nonfinite = _sum_rows(
-        memory, rows.data_ptr(), count, width * size, pitch * size, start * size, step * size, *_exponents(rows.dtype)
+        memory,
+        memory[:0],
+        rows.data_ptr(),
+        count,
+        width * size,
+        pitch * size,
+        start * size,
+        step * size,
+        *_exponents(rows.dtype),
     )
     return Scan(Digest(int(low), int(high)), int(nonfinite))
 
@@ -324,8 +351,15 @@ def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _copy(to: Any, memory: Any) -> None:
+    for i in range(memory.size):
+        to[i] = memory[i]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _sum_rows(
     memory: Any,
+    to: Any,
     address: Any,
     rows: Any,
     width: Any,
@@ -336,7 +370,8 @@ def _sum_rows(
     lowest: Any,
     stride: Any,
 ) -> Any:
-    # All in bytes: `rows` rows of `width`, `pitch` apart in memory and `step` apart in the full tensor.
+    # All in bytes: `rows` rows of `width`, `pitch` apart in memory and `step` apart in the full tensor. `to` has room
+    # for all of it, or none.
     lows = np.empty(_BLOCK, np.uint32)
     highs = np.empty(_BLOCK, np.uint32)
     padded = np.empty(_BLOCK, np.uint32)
@@ -366,6 +401,9 @@ def _sum_rows(
             high += b
             if suspect:
                 nonfinite += _count_nonfinite(words, exponent, lowest, stride)
+            if to.size:
+                # While this block is in the nearest cache.
+                _copy(to[place : place + count], memory[place : place + count])
             place += count
             at += count
     return low, high, nonfinite
@@ -377,7 +415,7 @@ def _sum_runs(memory: Any, address: Any, places: Any, facts: Any) -> Any:
     for i in range(places.shape[0]):
         at, width = places[i, 0], places[i, 1]
         low, high, nonfinite = _sum_rows(
-            memory[at : at + width], address + at, 1, width, width, places[i, 2], 0,
+            memory[at : at + width], memory[:0], address + at, 1, width, width, places[i, 2], 0,
             np.uint32(facts[i, 0]), np.uint32(facts[i, 1]), facts[i, 2],
         )  # fmt: skip
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
