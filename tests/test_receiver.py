@@ -266,9 +266,10 @@ class Updates(RuleBasedStateMachine):
             self._is_not_found(error, id)
         elif self.spoiled or self.sealed or index not in (0, 1) or how == "short":
             assert error is not None
-        elif error is None:
+        else:
             self.expires = self.now + LEASE
             self._arrive(index, how)
+            assert (error is not None) == self.spoiled  # the answer says what became of the work, if that is over
 
     @rule(data=st.data(), address=st.sampled_from(["good", "good", "flipped", "nowhere", "halfway", ""]))
     def stage(self, data: st.DataObject, address: str) -> None:
@@ -278,12 +279,13 @@ class Updates(RuleBasedStateMachine):
         if id != self.held:
             self._is_not_found(error, id)
             return
-        assert (error is not None) == (self.spoiled or self.sealed)
-        if error is None:
+        refused = self.spoiled or self.sealed
+        if not refused:
             self.expires = self.now + LEASE
             for index in {"good": [0, 1], "flipped": [0, 1], "halfway": [0]}.get(address, []):
                 self._arrive(index, "flipped" if (address, index) == ("flipped", 1) else "right")
             self.spoiled |= address in ("nowhere", "halfway", "")
+        assert (error is not None) == (refused or self.spoiled)
 
     @rule(data=st.data(), how=st.sampled_from(["right", "right", "right", "wrong", "few", "none"]))
     def seal(self, data: st.DataObject, how: str) -> None:
@@ -296,11 +298,11 @@ class Updates(RuleBasedStateMachine):
             self._is_not_found(error, id)
             return
         good = not (self.spoiled or self.sealed or self.torn) and self.arrived == {0, 1} and how == "right"
-        assert (error is None) == good, error
-        if error is None:
+        if good:
             self.expires = self.now + LEASE
             self.spoiled = self.fails == "seal"
             self.sealed = not self.spoiled
+        assert (error is None) == (good and not self.spoiled), error
 
     @rule(data=st.data())
     def commit(self, data: st.DataObject) -> None:

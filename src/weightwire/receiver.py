@@ -209,10 +209,10 @@ class Receiver:
         self._ops: dict[str, Callable[..., Any]] = {
             "status": self.status,
             "begin": self.begin,
-            "stage": self.stage,
-            "put": self.put,
+            "stage": self._polled(self.stage),
+            "put": self._polled(self.put),
             "poll": self.poll,
-            "seal": self.seal,
+            "seal": self._polled(self.seal),
             "commit": self.commit,
             "proof": self.proof,
             "abort": self.abort,
@@ -333,6 +333,15 @@ class Receiver:
                 "state": self.state,
                 "kind": update.manifest.kind,
             }
+
+    def _polled(self, start: Callable[..., None]) -> Callable[..., dict[str, Any]]:
+        """A call that starts work, and asks after it at once: a question less where the work is short."""
+
+        def call(id: str, hold: float = 0.0, linger: float = 0.0, **arguments: Any) -> dict[str, Any]:
+            start(id, **arguments)
+            return self.poll(id, hold, linger)
+
+        return call
 
     def seal(self, id: str, digests: Sequence[str]) -> None:
         """Compare what arrived with what was sent, one digest a tensor in manifest order, and make ready to commit."""

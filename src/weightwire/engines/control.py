@@ -288,11 +288,12 @@ class Control:
         """Start long work on every rank and wait for it. What cannot be mended by calling again aborts the update."""
         id, deadline = arguments["id"], time.monotonic() + timeout
         try:
-            await self._all(op, timeout, body=body, **arguments)
             wait = 0.001
-            while any(r["busy"] for r in await self._poll(id, deadline, op)):
+            ranks = await self._all(op, timeout, body=body, **arguments, **self._patience(op))
+            while any(rank["busy"] for rank in ranks):
                 await asyncio.sleep(wait)
                 wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
+                ranks = await self._all("poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op))
         except (StateError, ManifestError, UpdateNotFound):
             raise
         except WeightwireError as error:
@@ -302,13 +303,12 @@ class Control:
             await self.give_up(id, error, "the trainer hung up")
             raise
 
-    async def _poll(self, id: str, deadline: float, phase: str) -> list[Any]:
-        # A worker of vLLM spins for a second after each call, against the threads that do our work. One that lingers
-        # in the call does not.
+    def _patience(self, phase: str) -> dict[str, Any]:
+        """Arguments of `Receiver.poll`: how long it may take to answer, and how long the lease lasts from then on."""
+        # Each question costs all processes on the way some time, of which the threads that do our work get less then.
         linger = _LINGER_SECONDS if self.host.idle else 0.0
         # While bytes arrive they keep the lease; while an engine makes ready, whoever waits for it here does.
-        hold = _CLEAN_UP_SECONDS if phase == "seal" else 0.0
-        return await self._all("poll", deadline - time.monotonic(), phase=phase, id=id, linger=linger, hold=hold)
+        return {"linger": linger, "hold": _CLEAN_UP_SECONDS if phase == "seal" else 0.0}
 
     async def _all(
         self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any
