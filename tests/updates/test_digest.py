@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightwire.updates.boxes import Box
-from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan, scan_and_copy, scan_box
+from weightwire.updates.digest import NO_DIGEST, Digest, Scan, all_finite, scan, scan_and_copy, scan_box
 from weightwire.updates.manifest import DTYPES
 
 NAMES = sorted(DTYPES)
@@ -316,3 +316,13 @@ def test_a_copy_to_another_dtype_or_size_is_refused(to):
     with pytest.raises(ValueError, match="cannot be copied"):
         scan_and_copy(torch.ones(4), 0, to)
     assert not to.any()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), None])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("place", [0, 77, 1023])
+def test_all_finite_finds_one_that_is_not(name, value, place):
+    elements = torch.linspace(-9, 9, 1024).to(getattr(torch, name)).reshape(32, 32)
+    if value is not None:
+        elements.view(-1)[place] = value
+    assert all_finite(elements) == all_finite(elements.t()) == (value is None)

@@ -23,6 +23,7 @@ The mix is the 32-bit finaliser `lowbias32`, and with its further round `triple3
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ __all__ = [
     "Digest",
     "Pending",
     "Scan",
+    "all_finite",
     "scan",
     "scan_and_copy",
     "scan_any",
@@ -149,6 +151,16 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     flat = elements.detach().reshape(-1)
     flat = flat.contiguous().as_strided((flat.numel(),), (1,))  # the stride of a single element may be anything
     return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no element is NaN or infinite, where nobody wants a digest too. What is least and what is greatest shows
+    both; on a CPU `torch.isfinite` takes twenty times as long.
+
+    >>> all_finite(torch.tensor([1.0, -2.0])), all_finite(torch.tensor([1.0, float("nan")]))
+    (True, False)
+    """
+    return tensor.numel() == 0 or all(math.isfinite(end) for end in torch.aminmax(tensor))
 
 
 def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from weightwire.errors import UnsupportedError, VerificationError
-from weightwire.updates.digest import Scan, scan
+from weightwire.updates.digest import Scan, all_finite, scan
 from weightwire.updates.receipt import Proof
 
 __all__ = ["Slot", "find_slots"]
@@ -76,7 +76,7 @@ class Slot:
         shell = _shell(layer, values)
         weight = values["weight"]
         # With NaN or Inf, which somebody asked for, no product can be told from another.
-        if finite or bool(torch.isfinite(weight).all()):
+        if finite or all_finite(weight):
             # Neighbours, from a random place on: each row's share of them is one cache line.
             first = random.randrange(max(weight.shape[1] - _ASKED_COLUMNS, 0) + 1)
             columns = list(range(first, min(first + _ASKED_COLUMNS, weight.shape[1])))

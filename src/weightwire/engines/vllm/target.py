@@ -21,7 +21,7 @@ from weightwire.engines.vllm.layout import Slot
 from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
 from weightwire.receiver import AdapterStaging, Staging
 from weightwire.revisions import Revision
-from weightwire.updates.digest import Scan
+from weightwire.updates.digest import Scan, all_finite
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
@@ -199,7 +199,7 @@ class _Staged:
         names = set(slot.parameters.values())
         for name in names & self._cast if self._manifest.finite else ():
             # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
-            if not bool(torch.isfinite(self._staged[name]).all()):
+            if not all_finite(self._staged[name]):
                 raise NonFinite(
                     f"{name} is not finite in the engine's {self._staged[name].dtype}",
                     next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
