@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from weightwire.updates.receipt import EngineReceipt, Receipt
 
 WORKER_EXTENSION = "weightwire.engines.vllm.worker.WorkerExtension"
-"""For `LLM(..., worker_extension_cls=...)` where the plugin is not loaded (`VLLM_PLUGINS` leaves it out)."""
+"""For `LLM(..., worker_extension_cls=...)` where the plugin is not loaded (`VLLM_PLUGINS` leaves it out), or
+where a trainer speaks OpenRLHF's worker interface."""
 
 # Looked up on first use: every vLLM process imports this package, and most of them need none of it.
 _HOMES = {

@@ -41,6 +41,29 @@ async def generate(engine: AsyncLLM, tokens: int, started: asyncio.Event | None 
     return {"tokens": list(last.token_ids), "logprobs": said, "versions": [s.version for s in last.weight_versions]}
 
 
+async def sleeping(engine: AsyncLLM, engines: Any) -> dict[str, Any]:
+    """An update while it sleeps; then one between the two halves of waking up, which must not end its pause."""
+    third = models.new_model("llama", tied=False, seed=3)
+    with ww.Publisher(third, engines) as publisher:
+        await engine.sleep(level=1)
+        try:
+            await asyncio.to_thread(publisher.publish, 2)
+            refused = ""
+        except ww.StateError as error:
+            refused = str(error)
+        await engine.wake_up(tags=["weights"])
+        version = (await asyncio.to_thread(publisher.publish, 2)).version
+        paused = await engine.is_paused()
+        await engine.wake_up(tags=["kv_cache"])
+    after = await generate(engine, 10)
+    return {
+        "refused": refused,
+        "version": version,
+        "paused": paused,
+        "apart": apart(after["logprobs"], logprobs(third, PROMPT, after["tokens"])),
+    }
+
+
 async def main(folder: Path) -> None:
     first, second = (models.new_model("llama", tied=False, seed=seed) for seed in (1, 2))
     models.save(first, folder / "first")
@@ -63,6 +86,7 @@ async def main(folder: Path) -> None:
         results["apart"] = apart(after["logprobs"], logprobs(second, PROMPT, after["tokens"]))
         results["after"] = after["versions"]
         results["receipt"] = str(receipt)
+        results["sleep"] = await sleeping(engine, engines)
     finally:
         engine.shutdown()
     print("\n" + json.dumps(results))

@@ -55,7 +55,7 @@ class FaultyWorker(WorkerExtension):
         return [len(store._sent), sum(id >= 1 << 20 for id in store._manager.list_adapters())]
 
     def _store(self) -> Any:
-        return self._weightwire_receiver._target.adapters  # type: ignore[attr-defined]
+        return self._weightwire_ends.receiver._target.adapters  # type: ignore[attr-defined]
 
     def spoil_next_packing(self) -> None:
         """The next module that is packed gets a packing of other weights than were staged."""

@@ -59,3 +59,7 @@ def test_an_async_engine_of_this_process_is_updated_while_it_streams(tmp_path: P
     assert results["meanwhile"] == ["default", "1"]
     assert results["after"] == ["1"]
     assert results["apart"] < 1e-3
+    assert "Wake it up first" in results["sleep"]["refused"]
+    assert results["sleep"]["version"] == 2
+    assert results["sleep"]["paused"]  # the KV cache was still asleep, and generating would have used it
+    assert results["sleep"]["apart"] < 1e-3

@@ -33,7 +33,7 @@ from weightwire.revisions import Revision
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt, weakest
 
-__all__ = ["Control", "Host"]
+__all__ = ["Control", "Host", "refuse_left_over"]
 
 logger = logging.getLogger("vllm.weightwire.control")
 
@@ -118,7 +118,7 @@ class Control:
         plain = msgspec.to_builtins(manifest)
         try:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease)
-            _refuse_left_over(manifest, ranks)
+            refuse_left_over(manifest, ranks)
             if manifest.staging == "none":
                 await self._in_time(self.host.pause("keep", False), deadline - time.monotonic(), "begin")
                 task = asyncio.ensure_future(self._watch_stopped(id))
@@ -346,7 +346,7 @@ class Control:
             ) from error
 
 
-def _refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:
+def refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:
     """Raise when there are elements that no rank takes. vLLM's loaders take a slice out of a tensor that is too large,
     and say nothing."""
     if any(takes is None for takes in ranks):

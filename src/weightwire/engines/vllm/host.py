@@ -11,6 +11,7 @@ from weightwire.engines.vllm.compat import supports
 from weightwire.engines.vllm.names import Names, names_of
 from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
+from weightwire.receiver import decode_reply, encode_call
 
 __all__ = ["AsyncHost", "SyncHost"]
 
@@ -28,6 +29,7 @@ class AsyncHost:
         self.refusal: str | None = None
         self.names = names or names_of(engine)
         self.in_use, self.list = self.names.in_use, self.names.list
+        self._stays_paused = False
 
     @property
     def takes_adapters(self) -> bool:
@@ -58,6 +60,7 @@ class AsyncHost:
             raise _lost(error, self.name) from error
 
     async def pause(self, mode: Pause, clear_cache: bool) -> None:
+        self._stays_paused = await self._partly_asleep()
         core = self._engine.engine_core
         if supports(core, "pause_scheduler_async") and not self._engine.model_config.is_multimodal_model:
             # What `pause_generation` does without its 20 ms of courtesy; with images it also clears their cache.
@@ -68,7 +71,8 @@ class AsyncHost:
     async def resume(self) -> None:
         self.refusal = None
         self._engine.__dict__.pop("add_request", None)
-        await self._engine.resume_generation()
+        if not self._stays_paused:
+            await self._engine.resume_generation()
 
     async def refuse(self, reason: str) -> None:
         async def add_request(*_: Any, **__: Any) -> None:
@@ -82,6 +86,13 @@ class AsyncHost:
     async def label(self, version: int) -> None:
         if supports(self._engine, "update_weight_version"):
             await self._engine.update_weight_version(str(version))
+
+    async def _partly_asleep(self) -> bool:
+        # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever
+        # put the engine to sleep lets it generate again. vLLM calls it sleeping also when it is merely paused.
+        if not await self._engine.is_sleeping():
+            return False
+        return any(map(decode_reply, await self.call("asleep", encode_call(), None, 0.0)))
 
     def _refuse_replicas(self) -> None:
         # Only here is it known: each replica of a model without experts believes that it is alone.
