@@ -2,12 +2,15 @@
 
     python exactness.py FAMILY TIED DTYPE TENSOR_PARALLEL LORA PARTS FOLDER
 
-Prints one line of JSON: what each engine generated before and after, and the receipts.
+Prints one line of JSON: what each engine generated before and after, and the receipts. Where there is a GPU, all of it
+happens there, with `TRANSPORT` and `CUDA_GRAPHS` from the environment.
 """
 
 from __future__ import annotations
 
+import copy
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ import models
 
 import weightwire as ww
 
+ON_GPU = torch.cuda.is_available()
+GRAPHS = os.environ.get("CUDA_GRAPHS") == "1"
 PROMPTS = ["hello world", "abc", "the quick brown fox jumps over"]
 
 
@@ -30,10 +35,12 @@ def start(path: Path, dtype: str, tensor_parallel: int, lora: bool) -> LLM:
         dtype=dtype,
         tensor_parallel_size=tensor_parallel,
         enable_lora=lora,
-        enforce_eager=True,
+        enforce_eager=not GRAPHS,
         max_model_len=128,
         max_num_seqs=8,
         seed=0,
+        # Of this process and of stock vLLM, whose plugin need not be installed on a borrowed machine.
+        **({"gpu_memory_utilization": 0.1, "worker_extension_cls": ww.WORKER_EXTENSION} if ON_GPU else {}),
     )
 
 
@@ -43,7 +50,7 @@ def generate(llm: LLM) -> list[dict[str, Any]]:
         {
             "tokens": list(output.outputs[0].token_ids),
             "logprobs": [{k: v.logprob for k, v in step.items()} for step in output.outputs[0].logprobs],
-            "versions": [span.version for span in output.outputs[0].weight_versions or ()],
+            "versions": [span.version for span in getattr(output.outputs[0], "weight_versions", None) or ()],
         }
         for output in llm.generate(PROMPTS, sampling, use_tqdm=False)
     ]
@@ -77,10 +84,18 @@ def main(family: str, tied: str, dtype: str, tensor_parallel: str, lora: str, pa
 
 
 def published(llm: LLM, engines: Any, source: Any, version: int, **how: Any) -> tuple[Any, Any]:
-    with ww.Publisher(source, engines) as publisher:
+    if ON_GPU:
+        # In the engine's dtype, so that an engine can take what is lent as it is.
+        dtype = llm.model_config.dtype
+        if isinstance(source, torch.nn.Module):
+            source = copy.deepcopy(source).to("cuda", dtype)
+        else:
+            source = {name: tensor.to("cuda", dtype) for name, tensor in source.items()}
+    with ww.Publisher(source, engines, transport=os.environ.get("TRANSPORT")) as publisher:
         receipt = publisher.publish(version, deadline=300, **how)
     engine = next(iter(receipt.engines.values()))
-    return generate(llm), {"proven": engine.proven, "parameters": engine.parameters, "version": engine.version}
+    facts = {"proven": engine.proven, "parameters": engine.parameters, "version": engine.version}
+    return generate(llm), {**facts, "transport": engine.transport}
 
 
 if __name__ == "__main__":
