@@ -19,6 +19,7 @@ import weightwire as ww
 from support import same, snapshot, tiny, weights_for
 from weightwire import transports
 from weightwire.sources import find
+from weightwire.sources.tensors import TensorSource
 from weightwire.transports import shm
 from weightwire.updates.manifest import Manifest
 
@@ -98,7 +99,9 @@ def test_explain_names_the_transport_and_why_not_the_others(engines: Any) -> Non
     with ww.Publisher(weights_for(engine.model, 1), engine) as publisher:
         told = publisher.explain()
     assert told.engines["a"].name == "shm"
-    assert told.engines["a"].reasons == {"shm": None, "gloo": None, "http": "the engine has no HTTP server"}
+    no_gpu = "the weights are on the cpu, not on an Nvidia GPU"
+    reasons = {"cuda-ipc": no_gpu, "nccl": no_gpu, "shm": None, "gloo": None, "http": "the engine has no HTTP server"}
+    assert told.engines["a"].reasons == reasons
     assert "a: over shm" in str(told)
     assert "http: the engine has no HTTP server" in str(told)
 
@@ -111,6 +114,22 @@ def test_many_engines_are_resolved_at_the_same_time(engines: Any, transport: str
         receipt = publish(new, several, version, transport=transport)
         assert {mine.transport for mine in receipt.engines.values()} == {transport}
     assert all(same(engine.model, new) for engine in several)
+
+
+def test_where_one_launch_scans_all_the_pieces_are_only_copied(engines: Any) -> None:
+    # As on a GPU, by a source that says it is on one.
+    class Source(TensorSource):
+        device = torch.device("cuda")
+
+        def read(self, *_: Any) -> Any:
+            raise AssertionError("read piece by piece")
+
+    engine = engines()
+    sent = weights_for(engine.model, 1)
+    with ww.Publisher(Source(sent), engine, transport="shm", bucket_bytes=4096) as publisher:
+        assert "not on one Nvidia GPU" in str(publisher.explain())
+        publisher.publish(1)
+    assert same(engine.model, sent)
 
 
 def test_a_publisher_that_nobody_closes_leaves_nothing(engines: Any, shm_root: Path) -> None:
@@ -485,7 +504,7 @@ def small_memory(root: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def use_as_shm(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(transports._MAKERS, "shm", lambda: shm.Shm(root))
+    monkeypatch.setitem(transports._MAKERS, "shm", lambda weights: shm.Shm(root))
     monkeypatch.setitem(transports._FETCH, "shm", lambda *args: shm.fetch(*args, root=root))
     monkeypatch.setitem(transports._PROBE, "shm", lambda offer: shm.probe(offer, root=root))
 

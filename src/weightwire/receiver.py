@@ -567,7 +567,9 @@ class Receiver:
             self._take(update, index, data)
 
     def _take_lent(self, update: _Update, tensors: Sequence[torch.Tensor]) -> None:
-        update.scans = [*scan_tensors_any(tensors)]
+        # From here, also where the trainer's GPU is another one.
+        device = torch.device("cuda", torch.cuda.current_device()) if tensors[0].is_cuda else None
+        update.scans = [*scan_tensors_any(tensors, device)]
         for number, data in enumerate(tensors):
             update.staging.lend(number, data)
         self._arrived(update, range(len(update.buckets)))

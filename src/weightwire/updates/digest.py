@@ -204,11 +204,12 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
     from weightwire.updates import digest_cuda  # needs Triton, which only torch for GPUs brings
 
     lines = [digest_cuda.line_of(data.data_ptr() + at, start, count, dtype) for at, count, start, dtype in runs]
-    return [*digest_cuda.scan_lines(digest_cuda.table(lines, data.device))]
+    return [*digest_cuda.scan_again(lines, data.device)]
 
 
-def scan_tensors_any(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
-    """`scan_any` of each of many contiguous tensors; of those on one GPU by one launch on its current stream.
+def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | None = None) -> list[Scan | Pending]:
+    """`scan_any` of each of many contiguous tensors; of those on a GPU by one launch on the current stream of `device`,
+    which is theirs or another that can reach them.
 
     >>> scan_tensors_any([torch.ones(2), torch.ones(3)]) == [scan(torch.ones(2)), scan(torch.ones(3))]
     True
@@ -217,8 +218,8 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
         return [scan(tensor) for tensor in tensors]
     from weightwire.updates import digest_cuda
 
-    places = tuple((t.data_ptr(), t.numel(), t.dtype) for t in tensors)
-    return [*digest_cuda.scan_places(places, torch.device("cuda", torch.cuda.current_device()))]
+    lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
+    return [*digest_cuda.scan_again(lines, device or tensors[0].device)]
 
 
 def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:

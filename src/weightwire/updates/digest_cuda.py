@@ -18,7 +18,7 @@ from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, tiles
 
-__all__ = ["Line", "Table", "line_of", "lines_of", "scan_lines", "scan_places", "table"]
+__all__ = ["Line", "Table", "line_of", "lines_of", "scan_again", "scan_lines", "table"]
 
 _WORDS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
@@ -141,23 +141,26 @@ def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[t
 
 
 def scan_lines(ready: Table) -> list[Pending]:
-    """A scan of each line of a table, on the current stream."""
+    """A scan of each line of a table, on its device's current stream."""
     sums = torch.zeros(ready.lines, 3, dtype=torch.int64, device=ready.device)
+    with torch.cuda.device(ready.device if ready.device.type == "cuda" else -1):
+        _launch(ready, sums)
+    return [Pending([(sums, row)]) for row in range(ready.lines)]
+
+
+def _launch(ready: Table, sums: torch.Tensor) -> None:
     for unit, vectors, made, places in ready.parts:
         _scan[(places.count,)](
             made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, FIELDS=made.shape[1],
             ROWS=ROWS, COLUMNS=COLUMNS,
         )  # fmt: skip
-    return [Pending([(sums, row)]) for row in range(ready.lines)]
 
 
-def scan_places(places: tuple[tuple[int, int, torch.dtype], ...], device: torch.device) -> list[Pending]:
-    """A scan of each of many whole tensors, given as address, number of elements and dtype. What an update scans is
-    mostly where it was at the one before, so the last few tables are kept."""
-    key = (places, device)
-    ready = _tables.pop(key, None) or table(
-        [line_of(address, 0, count, dtype) for address, count, dtype in places], device
-    )
+def scan_again(lines: Sequence[Line], device: torch.device) -> list[Pending]:
+    """`scan_lines` of lines that were mostly scanned before: what an update scans is where it was at the last one, and
+    tables of the last few hundred launches are kept."""
+    key = (tuple(lines), device)
+    ready = _tables.pop(key, None) or table(lines, device)
     _tables[key] = ready
     while len(_tables) > _KEPT_TABLES:
         del _tables[next(iter(_tables))]
@@ -165,7 +168,7 @@ def scan_places(places: tuple[tuple[int, int, torch.dtype], ...], device: torch.
 
 
 _tables: dict[object, Table] = {}
-_KEPT_TABLES = 4
+_KEPT_TABLES = 512
 
 
 @triton.jit
