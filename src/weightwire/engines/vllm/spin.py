@@ -43,8 +43,9 @@ def install() -> None:
 def _asking(collective_rpc: Any) -> Any:
     @functools.wraps(collective_rpc)
     def wrapped(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        queues = getattr(self, "response_mqs", ()) if method == CALL else ()
-        with sleeping(queues):
+        if method != CALL:
+            return collective_rpc(self, method, *args, **kwargs)
+        with sleeping(getattr(self, "response_mqs", ())):
             return collective_rpc(self, method, *args, **kwargs)
 
     return wrapped
