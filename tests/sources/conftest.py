@@ -5,10 +5,19 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def lab():
+def new_lab():
     spec = importlib.util.spec_from_file_location("weightwire_lab", Path(__file__).with_name("lab.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    lab = module.Lab()
-    yield lab
-    lab.close()
+
+    def labs(*modules):
+        lab = module.Lab(*modules)
+        yield lab
+        lab.close()
+
+    return labs
+
+
+@pytest.fixture(scope="session")
+def lab(new_lab):
+    yield from new_lab()

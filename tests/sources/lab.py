@@ -21,14 +21,15 @@ from pathlib import Path
 
 
 class Lab:
-    """The tests' side: `lab(function, ranks)`; `dies` are the ranks that are meant to end by SIGKILL."""
+    """The tests' side: `lab(function, ranks)`; `dies` are the ranks that are meant to end by SIGKILL. `modules` are
+    imported once, for all ranks."""
 
-    def __init__(self):
+    def __init__(self, *modules):
         self._server = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
             text=True,
             start_new_session=True,
         )
@@ -59,21 +60,21 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     # What ranks and libraries print must not get between the answers.
     os.dup2(2, 1)
-    _import_once()
+    _import_once(sys.argv[1:])
     for line in sys.stdin:
         print(json.dumps(_run(json.loads(line))), file=answers, flush=True)
 
 
-def _import_once():
+def _import_once(modules):
     names = (
         "pytest",
-        "psutil",
+        "support.ranks",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
         "weightwire.sources.fsdp",
     )
     # torch imports the last only when it first needs it, which would be in every rank.
-    for name in (*names, "torch._dynamo"):
+    for name in (*names, "torch._dynamo", *modules):
         importlib.import_module(name)
     import torch
 
@@ -109,6 +110,11 @@ def _be_rank(job, rank, folder):
 
         for category in (DeprecationWarning, FutureWarning):
             warnings.simplefilter("error", category)
+            # As in pyproject.toml: torch warns of torch.
+            warnings.filterwarnings("ignore", category=category, module=r"torch\.")
+        # What a launcher such as torchrun sets.
+        ranks = str(job["ranks"])
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
         store = dist.FileStore(f"{folder}/store", job["ranks"])
         dist.init_process_group("gloo", store=store, rank=rank, world_size=job["ranks"])
         spec = importlib.util.spec_from_file_location("in_lab", job["file"])

@@ -1,15 +1,13 @@
 import contextlib
 import os
-import random
 import signal
-import threading
 import time
 
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
+from support.ranks import Model, Peak, default_group_works, reads_like
 from weightwire.errors import SourceError, UnsupportedError
 from weightwire.sources import find
 from weightwire.updates.boxes import Box
@@ -20,43 +18,6 @@ SOON = 10.0
 
 
 # -- on every rank -----------------------------------------------------------------------------------------------------
-
-
-def bits(tensor):
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def default_group_works(size):
-    one = torch.ones(1)
-    dist.all_reduce(one)
-    assert int(one) == size
-
-
-def runs_of(numel, chance):
-    yield 0, numel
-    for _ in range(12):
-        start = chance.randrange(numel)
-        yield start, chance.randrange(1, numel - start + 1)
-
-
-def reads_like(source, full):
-    """Any run that ranks read together has the bits of the full tensors, and their scans add up to its scan."""
-    specs = source.metadata()
-    assert {spec.name for spec in specs} | source.aliases.keys() == set(full)
-    chance = random.Random(0)
-    for number, spec in enumerate(specs):
-        whole = full[spec.name]
-        assert (spec.shape, getattr(torch, spec.dtype)) == (tuple(whole.shape), whole.dtype)
-        if not spec.numel:
-            continue
-        for start, length in runs_of(spec.numel, chance):
-            device = "cpu" if source.ranks.rank == 0 else "meta"
-            out = torch.zeros(length, dtype=whole.dtype, device=device)
-            read = source.read(number, start, out)
-            wanted = whole.reshape(-1)[start : start + length]
-            assert source.ranks.total([read]) == [scan(wanted, start)], (spec, start, length)
-            if source.ranks.rank == 0:
-                assert torch.equal(bits(out), bits(wanted)), (spec, start, length)
 
 
 def gathered(module):
@@ -71,28 +32,6 @@ def holder(tensors):
     for name, tensor in tensors.items():
         module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
     return module
-
-
-class Model(torch.nn.Module):
-    """Odd sizes, tied weights, and buffers."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = torch.nn.Embedding(11, 6)
-        self.up = torch.nn.Linear(6, 13)
-        self.down = torch.nn.Linear(13, 6)
-        self.gate = torch.nn.Linear(6, 1)
-        self.norm = torch.nn.LayerNorm(6)
-        self.scale = torch.nn.Parameter(torch.randn(5, 3, 7))
-        self.head = torch.nn.Linear(6, 11, bias=False)
-        self.head.weight = self.embed.weight
-        self.register_buffer("steps", torch.tensor(7))
-        self.register_buffer("seen", torch.arange(9).reshape(3, 3))
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        x = self.norm(x + self.down(torch.relu(self.up(x)))) * self.gate(x)
-        return self.head(x) * self.scale.mean()
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
@@ -265,7 +204,7 @@ def cannot_read(rank, size):
     source, full = sharded_source()
     fine = source._held[0]
     if rank == 1:
-        source._held[0] = (fine[0], Broken())
+        source._held[0] = fine._replace(local=Broken())
     started = time.monotonic()
     for _ in range(2):
         with pytest.raises(
@@ -327,24 +266,6 @@ def test_a_rank_killed_while_it_sends_is_an_error_on_all_others(lab, size):
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
-
-
-class Peak(threading.Thread):
-    """The most memory this process had, above what it had at the start; in bytes."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self._process, self._over = psutil.Process(), threading.Event()
-        self._base = self.most = self._process.memory_info().rss
-
-    def run(self):
-        while not self._over.wait(0.001):
-            self.most = max(self.most, self._process.memory_info().rss)
-
-    def stop(self):
-        self._over.set()
-        self.join()
-        return self.most - self._base
 
 
 def frugal(rank, size):

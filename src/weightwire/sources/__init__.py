@@ -9,7 +9,7 @@ from typing import cast
 
 import torch
 
-from weightwire.errors import UsageError
+from weightwire.errors import UnsupportedError, UsageError
 from weightwire.sources.base import Source
 from weightwire.sources.checkpoint import CheckpointSource
 from weightwire.sources.peft import AdapterFolderSource, PeftSource, has_adapter, is_adapter
@@ -29,12 +29,7 @@ def find(source: object, *, timeout: float) -> Source:
     if all(hasattr(source, name) for name in ("aliases", "ranks", "metadata", "read")):
         return cast(Source, source)
     if isinstance(source, torch.nn.Module):
-        if _is_sharded(source):
-            from weightwire.sources.fsdp import FsdpPeftSource, FsdpSource
-
-            sharded = FsdpPeftSource if has_adapter(source) else FsdpSource
-            return sharded(source, timeout=timeout)
-        return PeftSource(source) if has_adapter(source) else ModuleSource(source)
+        return _of_module(source, timeout)
     if isinstance(source, Mapping):
         return TensorSource(source)
     if isinstance(source, str | os.PathLike):
@@ -46,7 +41,24 @@ def find(source: object, *, timeout: float) -> Source:
     )
 
 
-def _is_sharded(module: torch.nn.Module) -> bool:
-    # Importing it takes seconds, and where nobody has, there are no DTensors.
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and any(isinstance(tensor, loaded.DTensor) for tensor in state_of(module).values())
+def _of_module(module: torch.nn.Module, timeout: float) -> Source:
+    # Its `state_dict()` would wait for the other ranks, without a deadline.
+    flat = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
+    if any(isinstance(part, flat) for part in module.modules()):
+        raise UnsupportedError(
+            "FullyShardedDataParallel, the first version of FSDP, is no source",
+            next_step="Shard with torch.distributed.fsdp.fully_shard; accelerate does with fsdp_version=2.",
+        )
+    adapted = has_adapter(module)
+    # What they import takes seconds, and where nobody has imported it, it made nothing of this module.
+    if "deepspeed" in sys.modules:
+        from weightwire.sources.deepspeed import DeepSpeedPeftSource, DeepSpeedSource, is_deepspeed
+
+        if is_deepspeed(module):
+            return (DeepSpeedPeftSource if adapted else DeepSpeedSource)(module, timeout=timeout)
+    if (loaded := sys.modules.get("torch.distributed.tensor")) is not None:
+        from weightwire.sources.fsdp import FsdpPeftSource, FsdpSource
+
+        if any(isinstance(tensor, loaded.DTensor) for tensor in state_of(module).values()):
+            return (FsdpPeftSource if adapted else FsdpSource)(module, timeout=timeout)
+    return PeftSource(module) if adapted else ModuleSource(module)

@@ -1,7 +1,7 @@
 """Weights spread over the trainer's ranks as DTensors: FSDP2, HSDP, tensor parallelism, and mixtures of them.
 
 No rank ever sees a full tensor. Each run that is asked for is cut into what each rank holds of it, and every rank sends
-just that to rank 0, a few MiB at a time.
+just that to rank 0, a few MiB at a time. `sources.deepspeed` does so with what ZeRO holds.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.digest import NO_DIGEST, Scan, scan_box
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["FsdpPeftSource", "FsdpSource", "held_run", "holders"]
+__all__ = ["FsdpPeftSource", "FsdpSource", "Held", "held", "held_run", "holders"]
 
 _MESSAGE_BYTES = 4 << 20
 
@@ -51,7 +51,7 @@ class FsdpSource:
         self.aliases: Mapping[str, str] = {}
         self._specs: list[TensorSpec] = []
         self._holders: list[dict[Box, int]] = []
-        self._held: list[tuple[Box, torch.Tensor]] = []
+        self._held: list[Held] = []
 
     def metadata(self) -> Sequence[TensorSpec]:
         """Look the parameters up anew, and agree with the other ranks on what they are and who holds what.
@@ -59,20 +59,23 @@ class FsdpSource:
         `UnsupportedError` names a tensor that the ranks do not hold in rectangles, `SourceError` one that they do not
         know alike.
         """
-        held: dict[str, _Held] = {}
+        mine: dict[str, Held] = {}
         listed: bytes | None = None
         error: WeightwireError | None = None
         try:
-            held = {name: _held(name, tensor) for name, tensor in self._state().items()}
-            listed = msgspec.json.encode(_listing(held)) if self.ranks.rank == 0 else None
+            mine = {name: self._hold(name, tensor) for name, tensor in self._state().items()}
+            listed = msgspec.json.encode(_listing(mine)) if self.ranks.rank == 0 else None
         except Exception as failed:
             error = _as_error(failed, "the module's state")
         self.ranks.agree(error)
         listing = msgspec.json.decode(self.ranks.share(listed), type=_Listing)
-        self.ranks.agree(_difference(held, listing))
-        boxes = self._boxes([held[spec.name] for spec in listing.specs])
-        self._holders = [holders(spec, of_ranks) for spec, of_ranks in zip(listing.specs, boxes, strict=True)]
-        self._held = [(held[spec.name].box or _nothing(spec), held[spec.name].local) for spec in listing.specs]
+        self.ranks.agree(_difference(mine, listing))
+        self._held = [mine[spec.name] for spec in listing.specs]
+        boxes = self._boxes(self._held)
+        self._holders = [
+            holders(spec, of_ranks, each.shape)
+            for spec, of_ranks, each in zip(listing.specs, boxes, self._held, strict=True)
+        ]
         self._specs, self.aliases = listing.specs, listing.aliases
         return self._specs
 
@@ -84,10 +87,9 @@ class FsdpSource:
         error: WeightwireError | None = None
         try:
             for block in self._blocks(tensor, start, stop, self.ranks.rank):
-                origin, local = self._held[tensor]
                 # Where the weights are on the CPU these are views, else copies of at most one run in all.
-                mine.append(_part(local, origin.start, block.box).to("cpu"))
-                scan += scan_box(mine[-1], block.box, self._specs[tensor].shape)
+                mine.append(self._held[tensor].part(block.box).to("cpu"))
+                scan += scan_box(mine[-1], block.box, self._held[tensor].shape)
         except Exception as failed:
             known = tensor < len(self._specs)
             error = _as_error(failed, repr(self._specs[tensor].name) if known else f"tensor number {tensor}")
@@ -110,7 +112,7 @@ class FsdpSource:
 
     @property
     def device(self) -> torch.device:
-        return next((_held(name, t).local.device for name, t in self._state().items()), torch.device("cpu"))
+        return next((self._hold(name, t).local.device for name, t in self._state().items()), torch.device("cpu"))
 
     def whole(self) -> None:
         return None
@@ -124,7 +126,7 @@ class FsdpSource:
             return
         own = iter(mine)
         for block in self._blocks(tensor, start, start + out.numel(), None):
-            first = sum(a * b for a, b in zip(block.within.start, strides_of(self._specs[tensor].shape), strict=True))
+            first = sum(a * b for a, b in zip(block.within.start, strides_of(self._held[tensor].shape), strict=True))
             run = out[first - start : first - start + math.prod(block.within.shape)]
             place = _part(run.view(block.within.shape), block.within.start, block.box)
             if block.rank == 0:
@@ -138,23 +140,26 @@ class FsdpSource:
 
     def _blocks(self, tensor: int, start: int, stop: int, rank: int | None) -> Iterator[_Block]:
         """The messages of which a run is made, in the order in which all ranks know them; of one rank, or of all."""
-        spec = self._specs[tensor]
-        limit = _MESSAGE_BYTES // spec.itemsize
-        for within in rectangles(spec.shape, start, stop):
+        limit = _MESSAGE_BYTES // self._specs[tensor].itemsize
+        for within in rectangles(self._held[tensor].shape, start, stop):
             for box, holder in self._holders[tensor].items():
                 if rank in (None, holder) and (shared := intersect(within, box)) is not None:
                     for block in _split(shared, limit):
                         yield _Block(holder, within, block)
 
-    def _boxes(self, held: Sequence[_Held]) -> list[list[Box | None]]:
+    def _hold(self, name: str, tensor: torch.Tensor) -> Held:
+        """What this rank holds of one tensor of the state."""
+        return held(name, tensor)
+
+    def _boxes(self, mine: Sequence[Held]) -> list[list[Box | None]]:
         """For each tensor, what each rank holds of it."""
-        width = max((len(each.spec.shape) for each in held), default=0)
-        table = torch.zeros(len(held), 1 + 2 * width, dtype=torch.int64)
-        for row, each in zip(table, held, strict=True):
+        width = max((len(each.shape) for each in mine), default=0)
+        table = torch.zeros(len(mine), 1 + 2 * width, dtype=torch.int64)
+        for row, each in zip(table, mine, strict=True):
             if each.box is not None:
-                row[: 1 + 2 * len(each.spec.shape)] = torch.tensor((1, *each.box.start, *each.box.shape))
+                row[: 1 + 2 * len(each.shape)] = torch.tensor((1, *each.box.start, *each.box.shape))
         tables = [gathered.tolist() for gathered in self.ranks.gather(table)]
-        return [[_box_in(rows[number], len(each.spec.shape)) for rows in tables] for number, each in enumerate(held)]
+        return [[_box_in(rows[number], len(each.shape)) for rows in tables] for number, each in enumerate(mine)]
 
 
 class FsdpPeftSource(FsdpSource):
@@ -192,12 +197,20 @@ class FsdpPeftSource(FsdpSource):
         return specs
 
 
-class _Held(NamedTuple):
-    """What this rank holds of one tensor; no box where it holds none of it."""
+class Held(NamedTuple):
+    """What this rank holds of one tensor: `local`, which is `box` of it; no box where it holds none of it.
+
+    `shape` is that in which boxes are counted, on every rank the same: the tensor's, or another of as many elements.
+    """
 
     spec: TensorSpec
+    shape: tuple[int, ...]
     box: Box | None
     local: torch.Tensor
+
+    def part(self, box: Box) -> torch.Tensor:
+        """The view of a box within that which is held."""
+        return _part(self.local, self.box.start if self.box else (), box)
 
 
 class _Listing(msgspec.Struct):
@@ -236,10 +249,11 @@ def held_run(size: int, cuts: Sequence[tuple[int, int, int]]) -> tuple[int, int]
     return (start, stop - start) if stop - start == sum(b - a for a, b in runs) else None
 
 
-def holders(spec: TensorSpec, boxes: Sequence[Box | None]) -> dict[Box, int]:
+def holders(spec: TensorSpec, boxes: Sequence[Box | None], shape: Sequence[int] | None = None) -> dict[Box, int]:
     """The distinct boxes of a tensor and for each the first rank that holds it: of replicas, one is sent.
 
-    `UnsupportedError` unless together they are the whole tensor, each element once.
+    `shape` is that in which boxes are counted, if it is not the tensor's. `UnsupportedError` unless together they are
+    the whole tensor, each element once.
 
     >>> spec = TensorSpec(name="w", dtype="float32", shape=(4, 2))
     >>> holders(spec, [Box((0, 0), (2, 2)), Box((0, 0), (2, 2)), Box((2, 0), (2, 2)), None])
@@ -251,7 +265,7 @@ def holders(spec: TensorSpec, boxes: Sequence[Box | None]) -> dict[Box, int]:
             first.setdefault(box, rank)
     # However often a dimension is cut, the boxes are the cells of a grid: cuts of one dimension know nothing of others.
     cells = 1
-    for dim, size in enumerate(spec.shape):
+    for dim, size in enumerate(spec.shape if shape is None else shape):
         sides = sorted({(box.start[dim], box.shape[dim]) for box in first})
         ends = [start + length for start, length in sides]
         cells *= len(sides) if [start for start, _ in sides] + [size] == [0, *ends] else 0
@@ -264,16 +278,18 @@ def holders(spec: TensorSpec, boxes: Sequence[Box | None]) -> dict[Box, int]:
     return first
 
 
-def _held(name: str, tensor: torch.Tensor) -> _Held:
+def held(name: str, tensor: torch.Tensor) -> Held:
+    """What this rank holds of a DTensor, or of a plain tensor, which is all of it. `UnsupportedError` for a layout
+    that is no rectangle."""
     spec = spec_of(name, tensor)
     if tensor.device.type == "meta":
         raise SourceError(f"{name!r} is on the meta device and has no data", next_step="Load the model first.")
     if not isinstance(tensor, DTensor):
-        return _Held(spec, Box((0,) * tensor.ndim, tuple(tensor.shape)), tensor)
-    local = tensor.to_local()
+        return Held(spec, spec.shape, Box((0,) * tensor.ndim, spec.shape), tensor.detach())
+    local = tensor.to_local().detach()
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
-        return _Held(spec, None, local)
+        return Held(spec, spec.shape, None, local)
     cuts = _cuts(tensor, coordinate)
     runs = [held_run(size, cuts[dim]) for dim, size in enumerate(tensor.shape)] if cuts is not None else [None]
     known = [run for run in runs if run is not None]
@@ -286,7 +302,7 @@ def _held(name: str, tensor: torch.Tensor) -> _Held:
             f"{tuple(local.shape)} elements; which part that is cannot be worked out",
             next_step="Reshard it with Shard or Replicate, or publish a full state dict from one rank.",
         )
-    return _Held(spec, box, local)
+    return Held(spec, spec.shape, box, local)
 
 
 def _cuts(tensor: DTensor, coordinate: Sequence[int]) -> list[list[tuple[int, int, int]]] | None:
@@ -351,30 +367,26 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _nothing(spec: TensorSpec) -> Box:
-    return Box((0,) * len(spec.shape), (0,) * len(spec.shape))
-
-
 def _box_in(row: Sequence[int], ndim: int) -> Box | None:
     return Box(tuple(row[1 : 1 + ndim]), tuple(row[1 + ndim : 1 + 2 * ndim])) if row[0] else None
 
 
-def _listing(held: Mapping[str, _Held]) -> _Listing:
-    unique, aliases = without_aliases({name: each.local for name, each in held.items()})
-    return _Listing([held[name].spec for name in unique], aliases)
+def _listing(mine: Mapping[str, Held]) -> _Listing:
+    unique, aliases = without_aliases({name: each.local for name, each in mine.items()})
+    return _Listing([mine[name].spec for name in unique], aliases)
 
 
-def _difference(held: Mapping[str, _Held], listing: _Listing) -> WeightwireError | None:
+def _difference(mine: Mapping[str, Held], listing: _Listing) -> WeightwireError | None:
     """Where this rank's module is not rank 0's."""
     for spec in listing.specs:
-        mine = held[spec.name].spec if spec.name in held else None
-        if mine != spec:
+        here = mine[spec.name].spec if spec.name in mine else None
+        if here != spec:
             return SourceError(
-                f"{spec.name!r} is {_kind(mine)} here and {_kind(spec)} on rank 0",
+                f"{spec.name!r} is {_kind(here)} here and {_kind(spec)} on rank 0",
                 next_step="Every rank must pass the same module; a pipeline's stages cannot be one source.",
             )
     known = {spec.name for spec in listing.specs} | listing.aliases.keys()
-    for name in held:
+    for name in mine:
         if name not in known:
             return SourceError(
                 f"{name!r} is not known on rank 0",

@@ -52,7 +52,7 @@ class PeftAdapter:
         # Where they are stays so for as long as the adapter does; to look costs more than to read.
         if self._places[0] is not config:
             self._places = (config, list(self._find()))
-        return {name: held[own].detach() for name, held, own in self._places[1] if held.get(own) is not None}
+        return {name: held[own] for name, held, own in self._places[1] if held.get(own) is not None}
 
     def _find(self) -> Iterator[tuple[str, dict[str, Any], str]]:
         """The name of each of its tensors, and where it is: among a module's parameters or buffers, under which key."""
@@ -81,7 +81,7 @@ class PeftSource(LocalSource):
         self.release()
 
     def named(self) -> Mapping[str, torch.Tensor]:
-        return _whole(self._adapter.tensors())
+        return _whole({name: tensor.detach() for name, tensor in self._adapter.tensors().items()})
 
     def metadata(self) -> Sequence[TensorSpec]:
         specs, config = super().metadata(), self._adapter.config()

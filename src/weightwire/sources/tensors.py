@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weightwire.errors import SourceError
 from weightwire.sources.base import LocalSource, without_aliases
 
-__all__ = ["ModuleSource", "TensorSource", "state_of", "unwrapped"]
+__all__ = ["ModuleSource", "TensorSource", "state_of", "unwrapped", "wrappers"]
 
 
 class TensorSource(LocalSource):
@@ -35,7 +36,7 @@ class ModuleSource(LocalSource):
         self.named()
 
     def named(self) -> Mapping[str, torch.Tensor]:
-        unique, self.aliases = _checked(state_of(self._module))
+        unique, self.aliases = _checked({name: tensor.detach() for name, tensor in state_of(self._module).items()})
         return unique
 
 
@@ -51,16 +52,24 @@ def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
     return without_aliases(tensors)
 
 
+def wrappers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """A module, and what is in it while that is what `torch.compile`, DistributedDataParallel or DeepSpeed wrapped."""
+    # Where nobody has imported it, there is none of its engines.
+    engine = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", DistributedDataParallel)
+    inner: object = module
+    while isinstance(inner, torch.nn.Module):
+        yield inner
+        wraps = isinstance(inner, DistributedDataParallel | engine)
+        inner = inner.module if wraps else inner._modules.get("_orig_mod")
+
+
 def unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """A module without what `torch.compile` and DistributedDataParallel put around it."""
-    while True:
-        inner = module.module if isinstance(module, DistributedDataParallel) else module._modules.get("_orig_mod")
-        if not isinstance(inner, torch.nn.Module):
-            return module
-        module = inner
+    """A module without what is wrapped around it."""
+    *_, innermost = wrappers(module)
+    return innermost
 
 
 def state_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's state by checkpoint name: what `torch.compile` and DistributedDataParallel put around it is gone."""
+    """A module's own parameters and persistent buffers by checkpoint name, `unwrapped`."""
     state = unwrapped(module).state_dict(keep_vars=True)
-    return {n.replace("_orig_mod.", ""): t.detach() for n, t in state.items() if isinstance(t, torch.Tensor)}
+    return {n.replace("_orig_mod.", ""): t for n, t in state.items() if isinstance(t, torch.Tensor)}
