@@ -53,7 +53,8 @@ class Engines(Sequence[Engine]):
 
 
 def connect(engine: Any, *, token: str | None = None, api_key: str | None = None) -> Engines:
-    """Engines from a URL, an `LLM`, an `AsyncLLM`, a Transformers model, an `Engine`, or a list of any of these.
+    """Engines from a URL, an `LLM`, an `AsyncLLM`, a Ray actor that has one, a Transformers model, an `Engine`, or a
+    list of any of these.
 
     `token` is the one the server printed the file of, `api_key` what vLLM's own `--api-key` wants; both are for URLs.
     A URL is `http://host:port`, `https://...`, or `unix:/path/to/socket`.

@@ -69,10 +69,10 @@ class Host(Protocol):
     async def label(self, version: int) -> None:
         """Put the version on outputs, where the engine can."""
 
-    def in_use(self) -> dict[str, Any]:
+    async def in_use(self) -> dict[str, Any]:
         """What this side may hand to requests or has in flight: the arguments of `Receiver.adapters`."""
 
-    def list(self, revisions: Sequence[Revision]) -> None:
+    async def list(self, revisions: Sequence[Revision]) -> None:
         """From now on, new requests find these adapters, each name's newest last, and no others of ours."""
 
 
@@ -177,11 +177,12 @@ class Control:
         async with self._refreshing:
             self.stale = True
             try:
-                parts = await self._all("commit", deadline - time.monotonic(), id=id, client=self.host.in_use())
+                client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), "commit")
+                parts = await self._all("commit", deadline - time.monotonic(), id=id, client=client)
             except BaseException:
                 await self._clean_up("abort", id=id, reason="another rank could not keep it")
                 raise
-            self._list([part["adapters"] for part in parts])
+            await self._list([part["adapters"] for part in parts])
         receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
         # Waited for: an `LLM` of this process takes one call at a time, and the next may be the trainer's own.
         await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
@@ -191,11 +192,13 @@ class Control:
         """Let new requests on this side find the adapters that all ranks have. One at a time: what is reported as in
         use must be what the answer to the report before has listed."""
         async with self._refreshing:
-            self._list(await self._all("adapters", timeout, **self.host.in_use()))
+            in_use = await self._in_time(self.host.in_use(), timeout, "adapters")
+            await self._list(await self._all("adapters", timeout, **in_use))
 
-    def _list(self, ranks: Sequence[Any]) -> None:
+    async def _list(self, ranks: Sequence[Any]) -> None:
         common = set.intersection(*({Revision(*revision) for revision in rank} for rank in ranks))
-        self.host.list([revision for entry in ranks[0] if (revision := Revision(*entry)) in common])
+        listed = [revision for entry in ranks[0] if (revision := Revision(*entry)) in common]
+        await self._in_time(self.host.list(listed), _CLEAN_UP_SECONDS, "adapters")
         self.stale = False
 
     async def unload(self, name: str, timeout: float) -> None:

@@ -12,7 +12,8 @@ __all__ = ["find"]
 
 
 def find(engine: Any, *, token: str | None = None, api_key: str | None = None) -> tuple[Engine, ...]:
-    """The engines behind a URL, an `LLM`, an `AsyncLLM`, a Transformers model, an `Engine`, or a sequence of these.
+    """The engines behind a URL, an `LLM`, an `AsyncLLM`, a Ray actor that has one, a Transformers model, an `Engine`,
+    or a sequence of these.
 
     Raises `UsageError` for anything else, and when one engine is named twice.
     """
@@ -31,9 +32,13 @@ def _one(engine: Any, token: str | None, api_key: str | None) -> Engine:
         from weightwire.engines.http import HttpEngine
 
         return HttpEngine(engine, token=token, api_key=api_key)
+    families = {cls.__module__.partition(".")[0] for cls in type(engine).__mro__}
+    if "ray" in families:
+        from weightwire.engines.vllm.ray import RayEngine
+
+        return RayEngine(engine)
     if hasattr(engine, "begin") and hasattr(engine, "commit"):
         return engine  # type: ignore[no-any-return]
-    families = {cls.__module__.partition(".")[0] for cls in type(engine).__mro__}
     if "vllm" in families:
         from weightwire.engines.vllm.local import VllmEngine
 
@@ -44,6 +49,6 @@ def _one(engine: Any, token: str | None, api_key: str | None) -> Engine:
         return TransformersEngine(engine)
     raise UsageError(
         f"cannot connect to a {type(engine).__module__}.{type(engine).__qualname__}",
-        next_step="Pass a URL, an LLM, an AsyncLLM, a Transformers model, or a list of these; any other module as"
-        " weightwire.TransformersEngine(module).",
+        next_step="Pass a URL, an LLM, an AsyncLLM, a Ray actor, a Transformers model, or a list of these; any other"
+        " module as weightwire.TransformersEngine(module).",
     )

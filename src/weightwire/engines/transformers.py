@@ -200,11 +200,11 @@ class _Host:
     async def label(self, version: int) -> None:
         pass
 
-    def in_use(self) -> dict[str, Any]:
+    async def in_use(self) -> dict[str, Any]:
         # What is listed here needs no mention: a name is looked up with the lock held, under which revisions go.
         return {"in_use": self.adapters.in_use()}
 
-    def list(self, revisions: Sequence[Revision]) -> None:
+    async def list(self, revisions: Sequence[Revision]) -> None:
         self.names = {name: revision for revision in revisions for name in (revision.name, revision.label)}
 
 

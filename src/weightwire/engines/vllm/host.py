@@ -13,7 +13,7 @@ from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 from weightwire.receiver import decode_reply, encode_call
 
-__all__ = ["AsyncHost", "SyncHost"]
+__all__ = ["AsyncHost", "SyncHost", "kind_of"]
 
 _CALL = "__weightwire__"
 _WATCH_SECONDS = 0.5
@@ -144,6 +144,16 @@ class SyncHost:
     async def label(self, version: int) -> None:
         if supports(self._engine, "set_weight_version"):
             await in_thread(lambda: self._engine.set_weight_version(str(version)))
+
+
+def kind_of(engine: Any) -> str | None:
+    """`"LLM"` or `"AsyncLLM"`, of subclasses too; None for anything else.
+
+    >>> kind_of("http://127.0.0.1:8000") is None
+    True
+    """
+    names = (cls.__name__ for cls in type(engine).__mro__ if cls.__module__.partition(".")[0] == "vllm")
+    return next((name for name in names if name in ("LLM", "AsyncLLM")), None)
 
 
 def _poisoned(reason: str, name: str) -> PoisonedError:

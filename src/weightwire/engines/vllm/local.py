@@ -6,7 +6,7 @@ import asyncio
 from typing import Any
 
 from weightwire.engines.local import LocalEngine
-from weightwire.engines.vllm.host import AsyncHost, SyncHost
+from weightwire.engines.vllm.host import AsyncHost, SyncHost, kind_of
 from weightwire.errors import UsageError
 
 __all__ = ["VllmEngine"]
@@ -16,7 +16,7 @@ class VllmEngine(LocalEngine):
     """`engine`: an `LLM`, or an `AsyncLLM` connected to from within the event loop that runs it."""
 
     def __init__(self, engine: Any) -> None:
-        kind = next((c.__name__ for c in type(engine).__mro__ if c.__name__ in ("LLM", "AsyncLLM")), None)
+        kind = kind_of(engine)
         name = f"{kind}:{id(engine):x}"
         if kind == "LLM":
             super().__init__(SyncHost(engine, name))

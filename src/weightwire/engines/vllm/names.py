@@ -31,11 +31,11 @@ class Names:
         self._ours: set[str] = set()
         self._requests: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
-    def in_use(self) -> dict[str, Any]:
+    async def in_use(self) -> dict[str, Any]:
         """The arguments of `Receiver.adapters`: what may be handed out here, or is held by somebody."""
         return {"client": self.client, "clients": self.clients, "in_use": list(self._requests)}
 
-    def list(self, revisions: Sequence[Revision]) -> None:
+    async def list(self, revisions: Sequence[Revision]) -> None:
         """Put these into the table, each by its label, and the last of a name by the name alone, too."""
         entries: dict[str, Any] = {}
         for revision in revisions:

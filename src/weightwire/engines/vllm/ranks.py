@@ -105,8 +105,8 @@ class AllRanks:
     async def label(self, version: int) -> None:
         pass
 
-    def in_use(self) -> dict[str, Any]:
+    async def in_use(self) -> dict[str, Any]:
         return {}
 
-    def list(self, revisions: Sequence[Revision]) -> None:
+    async def list(self, revisions: Sequence[Revision]) -> None:
         pass
