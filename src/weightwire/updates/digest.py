@@ -43,6 +43,7 @@ __all__ = [
     "scan_and_copy",
     "scan_any",
     "scan_box",
+    "scan_places",
     "scan_runs",
     "scan_runs_any",
     "scan_tensors_any",
@@ -74,6 +75,11 @@ class Digest(NamedTuple):
         if not isinstance(other, Digest):
             return NotImplemented
         return Digest((self.low + other.low) & _MASK, (self.high + other.high) & _MASK)
+
+    def __sub__(self, other: object) -> Digest:
+        if not isinstance(other, Digest):
+            return NotImplemented
+        return Digest((self.low - other.low) & _MASK, (self.high - other.high) & _MASK)
 
     def hex(self) -> str:
         return f"{self.low:016x}{self.high:016x}"
@@ -239,6 +245,23 @@ def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtyp
     facts = [_exponents(dtype) for *_, dtype in runs]
     sums = _sum_runs(data.numpy(), data.data_ptr(), np.array(places, np.int64), np.array(facts, np.int64))
     return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in sums.tolist()]
+
+
+def scan_places(elements: torch.Tensor, indices: torch.Tensor, start: int = 0) -> Scan:
+    """Scan elements that lie scattered in a tensor: `indices` (int64, 1-D like `elements`) plus `start` says where.
+
+    What elements were, subtracted from what they are, is what their change adds to the digest of the whole.
+
+    >>> before, after = torch.zeros(6), torch.tensor([0.0, 1, 0, 0, 2, 0])
+    >>> places = torch.tensor([1, 4])
+    >>> change = scan_places(after[places], places).digest - scan_places(before[places], places).digest
+    >>> scan(before).digest + change == scan(after).digest
+    True
+    """
+    bits = elements.detach().contiguous().view(torch.uint8).numpy().view(f"<u{elements.element_size()}")
+    exponent = np.uint64(_EXPONENT.get(elements.dtype, 0))
+    low, high, nonfinite = _sum_places(bits, indices.contiguous().numpy(), start, elements.element_size(), exponent)
+    return Scan(Digest(int(low), int(high)), int(nonfinite))
 
 
 def scan_box(elements: torch.Tensor, box: Box, shape: Sequence[int]) -> Scan:
@@ -433,3 +456,32 @@ def _sum_runs(memory: Any, address: Any, places: Any, facts: Any) -> Any:
         )  # fmt: skip
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
     return sums
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _factors(word: Any) -> Any:
+    mixed = _mix(np.uint32(np.uint32(word & 0xFFFFFFFF) ^ _mix(np.uint32((word >> 32) ^ 0x9E3779B9))))
+    again = np.uint32(mixed * 0x31848BAB)
+    return np.uint64(np.uint32(mixed | 1)), np.uint64(np.uint32(again ^ (again >> 14) | 1))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _sum_places(bits: Any, indices: Any, start: Any, size: Any, exponent: Any) -> Any:
+    low = np.uint64(0)
+    high = np.uint64(0)
+    nonfinite = np.int64(0)
+    for i in range(bits.size):
+        at = (start + indices[i]) * size
+        value = np.uint64(bits[i])
+        if exponent != 0 and value & exponent == exponent:
+            nonfinite += 1
+        # Only an element of eight bytes takes a second word, and it begins at a first.
+        value <<= np.uint64(8 * (at & 3))
+        a, b = _factors(at >> 2)
+        low += (value & np.uint64(0xFFFFFFFF)) * a
+        high += (value & np.uint64(0xFFFFFFFF)) * b
+        if size == 8:
+            a, b = _factors((at >> 2) + 1)
+            low += (value >> np.uint64(32)) * a
+            high += (value >> np.uint64(32)) * b
+    return low, high, nonfinite

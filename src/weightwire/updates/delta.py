@@ -1,0 +1,353 @@
+"""A delta: exactly what changed in one tensor, or in a run of its elements, as a few bytes.
+
+Between two optimiser steps about one bf16 element in a hundred changes, most by one unit in the last place. A delta
+holds the places as Rice-coded gaps and the changes as steps in the order of all bit patterns, so that a sign, a NaN's
+payload and both zeros are exact; blocks of a fixed number of elements can be decoded each by itself. It carries the
+digest of the elements it starts from and of those it leads to, and one of its own bytes. `docs/delta-format.md` is the
+specification.
+
+Decoding only computes: nothing is written before all of it has been read and its result has the right digest.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightwire.errors import ShapeMismatch, UsageError, VerificationError, VersionError
+from weightwire.updates import rice
+from weightwire.updates.digest import Digest, scan, scan_places
+
+__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "parse"]
+
+DELTA_DTYPES: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+"""The dtypes that a delta may have, with their numbers in its header."""
+
+_DTYPES = {number: dtype for dtype, number in DELTA_DTYPES.items()}
+_BITS = {2: (np.uint16, torch.int16), 4: (np.uint32, torch.int32)}
+_HEADER = struct.Struct("<4sBBBBB7sQQQQ4Q")
+_TRAILER = struct.Struct("<2Q")
+_MAGIC, _FORMAT = b"WWDL", 1
+_MAX_ELEMENTS = 1 << 48
+_CHANGES = 256  # at least so many in a block on average: the table and what a last word leaves empty stay near 1 %
+_MIN_BLOCK, _MAX_BLOCK = 8, 24  # as powers of two
+_RESEND = "Send the update again."
+
+Array = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Delta:
+    """An encoded delta whose bytes are unharmed: its header's facts, and `data`, all its bytes (uint8, 1-D).
+
+    It covers `numel` elements of a tensor from row-major index `start` on, of which `count` change. `before` and
+    `after` are their digests.
+    """
+
+    dtype: torch.dtype
+    start: int
+    numel: int
+    count: int
+    before: Digest
+    after: Digest
+    block_bits: int
+    unit_bits: int
+    entry: int
+    data: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
+
+    @property
+    def density(self) -> float:
+        """The share of elements that change."""
+        return self.count / self.numel if self.numel else 0.0
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.numel >> self.block_bits) if self.count else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Patch:
+    """What a delta does to one tensor: at `indices` (int64, ascending, from the delta's start on) stands `old` and
+    comes `new` (both of the tensor's dtype). `nonfinite` counts NaN and Inf among `new`.
+    """
+
+    indices: torch.Tensor
+    old: torch.Tensor
+    new: torch.Tensor
+    nonfinite: int
+
+    def apply(self, elements: torch.Tensor) -> None:
+        """Write the new values into contiguous `elements`, in place."""
+        _flat(elements)[self.indices] = self.new.view(_BITS[self.new.element_size()][1])
+
+    def undo(self, elements: torch.Tensor) -> None:
+        """Put the old values back, bit for bit, whatever part of `apply` had been done."""
+        _flat(elements)[self.indices] = self.old.view(_BITS[self.old.element_size()][1])
+
+
+def encode(name: str, base: torch.Tensor, new: torch.Tensor, *, start: int = 0, before: Digest | None = None) -> Delta:
+    """The delta from `base` to `new`: contiguous on the CPU, of one shape and one of the dtypes of `DELTA_DTYPES`.
+
+    `start`: the row-major index of their first element, where they are a part of the tensor `name`. `before`: the
+    digest of `base` where it is known; else it is computed. Raises `UsageError`.
+
+    >>> base = torch.tensor([1.0, 2.0, -3.0, float("inf")], dtype=torch.bfloat16)
+    >>> new = torch.tensor([1.0, 2.015625, -0.0, float("inf")], dtype=torch.bfloat16)
+    >>> delta = encode("w", base, new)
+    >>> delta.count, delta.before == scan(base).digest, delta.after == scan(new).digest
+    (2, True, True)
+    """
+    if base.dtype != new.dtype or base.shape != new.shape or base.dtype not in DELTA_DTYPES:
+        raise UsageError(
+            f"{name!r}: no delta from {base.dtype} of {tuple(base.shape)} to {new.dtype} of {tuple(new.shape)}",
+            next_step=f"Both must be alike, of {', '.join(str(dtype) for dtype in DELTA_DTYPES)}.",
+        )
+    olds, news = _bits_of(base), _bits_of(new)
+    places = rice.find(_aligned(olds), _aligned(news))
+    old, after = olds[places], news[places]
+    steps = np.empty(places.size, np.int64)
+    rice.subtract(old, after, 8 * base.element_size(), steps)
+    first = scan(base, start).digest if before is None else before
+    last = first + _change(base.dtype, places, old, after, start)[0]
+    return _assemble(base.dtype, start, base.numel(), places, steps, first, last)
+
+
+def parse(name: str, data: torch.Tensor | bytes) -> Delta:
+    """The delta of `name` in `data` (bytes, or uint8 in one dimension on the CPU), once its bytes have proved unharmed.
+
+    Raises `VerificationError` for what is no delta, is cut, too long or changed in any byte.
+    """
+    raw = (
+        data if isinstance(data, torch.Tensor) else torch.frombuffer(bytearray(data) or bytearray(1), dtype=torch.uint8)
+    )
+    raw = raw[: len(data)]
+    if raw.dtype != torch.uint8 or raw.dim() != 1 or raw.device.type != "cpu":
+        raise UsageError(
+            f"{name!r}: a delta is uint8 in one dimension on the CPU, not {raw.dtype} of {tuple(raw.shape)}"
+        )
+    raw = raw.contiguous()
+    least = _HEADER.size + _TRAILER.size
+    if raw.numel() < least:
+        raise _harmed(name, f"it has {raw.numel()} bytes, fewer than the {least} of the shortest")
+    magic, number, code, block_bits, unit_bits, entry, zeros, nbytes, start, numel, count, *digests = _HEADER.unpack(
+        raw[: _HEADER.size].numpy().tobytes()
+    )
+    if magic != _MAGIC:
+        raise _harmed(name, f"it begins with {magic!r}, not with {_MAGIC!r}")
+    if number != _FORMAT:
+        raise _harmed(name, f"its format is {number}, this side reads {_FORMAT}")
+    if nbytes != raw.numel():
+        raise _harmed(name, f"it has {raw.numel()} bytes, its header says {nbytes}")
+    if Digest(*_TRAILER.unpack(raw[-_TRAILER.size :].numpy().tobytes())) != scan(raw[: -_TRAILER.size]).digest:
+        raise _harmed(name, "its bytes are not those that were written")
+    if code not in _DTYPES or not _MIN_BLOCK <= block_bits <= _MAX_BLOCK or entry not in (4, 8) or any(zeros):
+        raise _harmed(name, f"its header has dtype {code}, block bits {block_bits}, entry {entry}, zeros {zeros.hex()}")
+    dtype = _DTYPES[code]
+    if unit_bits >= 8 * dtype.itemsize or not count <= numel <= _MAX_ELEMENTS or start > _MAX_ELEMENTS - numel:
+        raise _harmed(
+            name, f"its header has {count} changes of {numel} elements from {start} on, unit bits {unit_bits}"
+        )
+    if nbytes % 4:
+        raise _harmed(name, f"its {nbytes} bytes are no whole number of words")
+    delta = Delta(
+        dtype=dtype, start=start, numel=numel, count=count, before=Digest(*digests[:2]), after=Digest(*digests[2:]),
+        block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
+    )  # fmt: skip
+    if delta.blocks * entry > nbytes - least:
+        raise _harmed(name, f"a table of {delta.blocks} blocks does not fit into its {nbytes} bytes")
+    return delta
+
+
+def decode(name: str, delta: Delta, base: torch.Tensor, *, before: Digest | None = None) -> Patch:
+    """What `delta` does to `base`, contiguous on the CPU and left as it is; the result's digest has been checked.
+
+    `before`: the digest of `base` where it is known for sure; else it is computed.
+
+    Raises `ShapeMismatch`; `VersionError` where `base` is not what the delta starts from; `VerificationError`.
+
+    >>> base, new = torch.zeros(5), torch.tensor([0, 1, 0, -0.0, float("nan")])
+    >>> patch = decode("w", encode("w", base, new), base)
+    >>> patch.indices.tolist(), patch.new.tolist(), patch.nonfinite
+    ([1, 3, 4], [1.0, -0.0, nan], 1)
+    >>> patch.apply(base)
+    >>> base.tolist()
+    [0.0, 1.0, 0.0, -0.0, nan]
+    """
+    if (base.dtype, base.numel()) != (delta.dtype, delta.numel):
+        raise ShapeMismatch(
+            f"{name!r}: the delta is of {delta.numel} elements of {delta.dtype}, not {base.numel()} of {base.dtype}",
+            next_step="Send a delta of this very tensor.",
+        )
+    here = scan(base, delta.start).digest if before is None else before
+    if here != delta.before:
+        raise VersionError(
+            f"{name!r}: the delta starts from elements of digest {delta.before.hex()}, here is {here.hex()}",
+            next_step="Send the tensor dense, or the delta from what is here.",
+        )
+    places, steps = _changes_of(name, delta)
+    old = _bits_of(base)[places]
+    new = np.empty_like(old)
+    rice.add(old, steps, 8 * delta.dtype.itemsize, new)
+    change, nonfinite = _change(delta.dtype, places, old, new, delta.start)
+    if here + change != delta.after:
+        raise VerificationError(
+            f"{name!r}: after the delta its digest is {(here + change).hex()}, it should be {delta.after.hex()}",
+            next_step=_RESEND,
+        )
+    return Patch(
+        indices=torch.from_numpy(places), old=_elements(old, delta.dtype), new=_elements(new, delta.dtype),
+        nonfinite=nonfinite,
+    )  # fmt: skip
+
+
+def compose(name: str, first: Delta, then: Delta) -> Delta:
+    """One delta that does what `first` and `then` do one after the other; neither base is needed.
+
+    Raises `VersionError` where `then` does not start from what `first` leads to, `VerificationError`.
+
+    >>> a, b, c = torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 5, 4]), torch.tensor([0.0, 2, 4])
+    >>> decode("w", compose("w", encode("w", a, b), encode("w", b, c)), a).indices.tolist()
+    [0, 2]
+    """
+    if (first.dtype, first.start, first.numel) != (then.dtype, then.start, then.numel):
+        raise ShapeMismatch(f"{name!r}: two deltas of different elements do not compose")
+    if first.after != then.before:
+        raise VersionError(
+            f"{name!r}: the first delta leads to digest {first.after.hex()}, the next starts from {then.before.hex()}",
+            next_step="Compose deltas in the order of their versions, without a gap.",
+        )
+    width = 8 * first.dtype.itemsize
+    places, steps = rice.merge(*_changes_of(name, first), *_changes_of(name, then), width)
+    return _assemble(first.dtype, first.start, first.numel, places, steps, first.before, then.after)
+
+
+def estimate(base: torch.Tensor, new: torch.Tensor, *, sample: int = 1 << 16) -> tuple[float, float]:
+    """The share of elements that differ, and about how many bytes their delta takes for every dense byte.
+
+    Measured on `sample` elements spread over contiguous CPU tensors of one shape and dtype.
+    """
+    olds, news = _bits_of(base), _bits_of(new)
+    run = 256
+    every = max(base.numel() // max(sample, 1), 1) * run
+    pieces = [slice(at, at + run) for at in range(0, base.numel(), every)]
+    seen = sum(olds[piece].size for piece in pieces)
+    changed = sum(int(np.count_nonzero(olds[piece] != news[piece])) for piece in pieces)
+    density = changed / seen if seen else 0.0
+    if not 0 < density < 1:
+        return density, density
+    # The entropy of places, and some three bits for a step.
+    bits = -math.log2(density) - (1 - density) / density * math.log2(1 - density) + 3
+    return density, density * bits / (8 * base.element_size())
+
+
+def _harmed(name: str, what: str) -> VerificationError:
+    return VerificationError(f"{name!r}: not a whole delta: {what}", next_step=_RESEND)
+
+
+def _flat(elements: torch.Tensor) -> torch.Tensor:
+    return elements.detach().view(-1).view(_BITS[elements.element_size()][1])
+
+
+def _bits_of(elements: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:
+    if not elements.is_contiguous() or elements.device.type != "cpu":
+        raise UsageError(
+            "a delta is of contiguous elements on the CPU", next_step="Call .contiguous() or .cpu() first."
+        )
+    return _flat(elements).numpy().view(_BITS[elements.element_size()][0])
+
+
+def _aligned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    return array if array.ctypes.data % 8 == 0 else array.copy()
+
+
+def _elements(bits: npt.NDArray[np.unsignedinteger], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(bits.view(f"i{dtype.itemsize}")).view(dtype)
+
+
+def _change(
+    dtype: torch.dtype,
+    places: Array,
+    old: npt.NDArray[np.unsignedinteger],
+    new: npt.NDArray[np.unsignedinteger],
+    start: int,
+) -> tuple[Digest, int]:
+    indices = torch.from_numpy(places)
+    came = scan_places(_elements(new, dtype), indices, start)
+    return came.digest - scan_places(_elements(old, dtype), indices, start).digest, came.nonfinite
+
+
+def _block_bits(count: int, numel: int) -> int:
+    bits = _MIN_BLOCK
+    while bits < _MAX_BLOCK and count << bits < _CHANGES * numel:
+        bits += 1
+    return bits
+
+
+def _unit_bits(steps: Array, width: int) -> int:
+    sizes = rice.tally(steps)
+    lengths = np.arange(sizes.size)
+
+    def cost(low: int) -> int:
+        return int((sizes * (2 * np.maximum(lengths - low, 0) + low)).sum())
+
+    return min(range(width), key=cost)
+
+
+def _assemble(
+    dtype: torch.dtype, start: int, numel: int, places: Array, steps: Array, before: Digest, after: Digest
+) -> Delta:
+    block_bits = _block_bits(places.size, numel)
+    unit_bits = _unit_bits(steps, 8 * dtype.itemsize)
+    blocks = -(-numel >> block_bits) if places.size else 0
+    table = np.zeros((blocks, 2), np.int64)
+    rice.weigh(places, steps, numel, block_bits, unit_bits, table)
+    words = np.empty(int(table[:, 1].sum()), np.uint32)
+    rice.write(places, steps, numel, block_bits, unit_bits, table, words)
+    entry = 8 if blocks and table.max() > 0xFFFF else 4
+    nbytes = _HEADER.size + blocks * entry + words.nbytes + _TRAILER.size
+    head = _HEADER.pack(
+        _MAGIC, _FORMAT, DELTA_DTYPES[dtype], block_bits, unit_bits, entry, bytes(7), nbytes, start, numel, places.size,
+        *before, *after,
+    )  # fmt: skip
+    parts = [head, table.astype(f"<u{entry // 2}").tobytes(), words.astype("<u4").tobytes()]
+    data = np.frombuffer(bytearray().join([*parts, bytes(_TRAILER.size)]), np.uint8)
+    raw = torch.from_numpy(data)
+    trailer = _TRAILER.pack(*scan(raw[: -_TRAILER.size]).digest)
+    raw[-_TRAILER.size :] = torch.frombuffer(bytearray(trailer), dtype=torch.uint8)
+    return Delta(
+        dtype=dtype, start=start, numel=numel, count=int(places.size), before=before, after=after,
+        block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
+    )  # fmt: skip
+
+
+def _changes_of(name: str, delta: Delta) -> tuple[Array, Array]:
+    """The places and steps of a delta. What it allocates, its own length and its counted elements bound."""
+    raw = _aligned(delta.data.numpy())
+    end = _HEADER.size + delta.blocks * delta.entry
+    table = raw[_HEADER.size : end].view(f"<u{delta.entry // 2}").astype(np.int64).reshape(-1, 2)
+    words = raw[end:].view("<u4")
+    room = words.size - _TRAILER.size // 4
+    lengths = np.full(delta.blocks, 1 << delta.block_bits, np.int64)
+    lengths[-1:] -= (delta.blocks << delta.block_bits) - delta.numel
+    if table[:, 0].sum() != delta.count or (table[:, 0] > lengths).any():
+        raise _harmed(name, f"its blocks do not hold {delta.count} changes")
+    # A change takes three bits at least: what is allocated for it has come in.
+    if table[:, 1].sum() != room or delta.count * 3 > room * 32:
+        raise _harmed(name, f"its blocks do not fill its {room} words")
+    places, steps = np.empty(delta.count, np.int64), np.empty(delta.count, np.int64)
+    width = 8 * delta.dtype.itemsize
+    block = rice.read(words, table, delta.numel, delta.block_bits, delta.unit_bits, width, places, steps)
+    if block >= 0:
+        raise _harmed(name, f"its block {block} of {delta.blocks} cannot be decoded")
+    return places, steps
