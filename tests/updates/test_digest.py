@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weightwire.updates.boxes import Box
-from weightwire.updates.digest import NO_DIGEST, Digest, Scan, all_finite, scan, scan_and_copy, scan_box
+from weightwire.updates.digest import NO_DIGEST, Digest, Scan, all_finite, scan, scan_and_copy, scan_box, scan_places
 from weightwire.updates.manifest import DTYPES
 
 NAMES = sorted(DTYPES)
@@ -326,3 +326,21 @@ def test_all_finite_finds_one_that_is_not(name, value, place):
     if value is not None:
         elements.view(-1)[place] = value
     assert all_finite(elements) == all_finite(elements.t()) == (value is None)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=30)
+@given(raws, starts, st.data())
+def test_scattered_elements_add_up_to_the_whole(name, raw, start, data):
+    tensor = tensor_of(raw, name)
+    chosen = data.draw(st.sets(st.integers(0, tensor.numel() - 1))) if tensor.numel() else set()
+    halves = [sorted(chosen), sorted(set(range(tensor.numel())) - chosen)]
+    parts = [torch.tensor(half, dtype=torch.int64) for half in halves]
+    assert sum((scan_places(tensor[part], part, start) for part in parts), NOTHING) == scan(tensor, start)
+
+
+@given(digests, digests)
+def test_what_was_added_can_be_taken_away(a, b):
+    assert (a + b) - b == a
+    with pytest.raises(TypeError):
+        a - 1

@@ -256,7 +256,9 @@ def _harmed(name: str, what: str) -> VerificationError:
 
 
 def _flat(elements: torch.Tensor) -> torch.Tensor:
-    return elements.detach().view(-1).view(_BITS[elements.element_size()][1])
+    flat = elements.detach().view(-1)
+    flat = flat.as_strided((flat.numel(),), (1,))  # the stride of one element, or of none, may be anything
+    return flat.view(_BITS[elements.element_size()][1])
 
 
 def _bits_of(elements: torch.Tensor) -> npt.NDArray[np.unsignedinteger]:

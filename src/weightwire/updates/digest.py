@@ -154,8 +154,7 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     >>> scan(torch.tensor([float("nan"), 1.0])).nonfinite
     1
     """
-    flat = elements.detach().reshape(-1)
-    flat = flat.contiguous().as_strided((flat.numel(),), (1,))  # the stride of a single element may be anything
+    flat = _run_of(elements)
     return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
 
 
@@ -228,6 +227,11 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | Non
     return [*digest_cuda.scan_again(lines, device or tensors[0].device)]
 
 
+def _run_of(elements: torch.Tensor) -> torch.Tensor:
+    flat = elements.detach().reshape(-1).contiguous()
+    return flat.as_strided((flat.numel(),), (1,))  # the stride of one element, or of none, may be anything
+
+
 def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan]:
     """What `scan` gives for each of several runs that lie in one piece of memory, by one call: they may be many.
 
@@ -258,9 +262,10 @@ def scan_places(elements: torch.Tensor, indices: torch.Tensor, start: int = 0) -
     >>> scan(before).digest + change == scan(after).digest
     True
     """
-    bits = elements.detach().contiguous().view(torch.uint8).numpy().view(f"<u{elements.element_size()}")
+    run = _run_of(elements)
+    bits = run.view(torch.uint8).numpy().view(f"<u{run.element_size()}")
     exponent = np.uint64(_EXPONENT.get(elements.dtype, 0))
-    low, high, nonfinite = _sum_places(bits, indices.contiguous().numpy(), start, elements.element_size(), exponent)
+    low, high, nonfinite = _sum_places(bits, indices.contiguous().numpy(), start, run.element_size(), exponent)
     return Scan(Digest(int(low), int(high)), int(nonfinite))
 
 
