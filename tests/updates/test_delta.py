@@ -6,6 +6,7 @@ import importlib.util
 import math
 import os
 import random
+import re
 import struct
 from pathlib import Path
 
@@ -648,3 +649,18 @@ def test_the_estimate_is_near_the_size(density):
 def test_the_estimate_of_nothing_and_of_all(new, expected):
     assert estimate(torch.zeros(100), new) == expected
     assert estimate(torch.zeros(0), torch.zeros(0)) == (0, 0)
+
+
+def test_the_example_of_the_specification():
+    page = (Path(__file__).parents[2] / "docs" / "delta-format.md").read_text().partition("## An example")[2]
+    olds, news = (re.search(rf"{word} `([0-9a-f ]+)`", page)[1] for word in ("bits", "become"))
+    data = bytes.fromhex(page.split("```")[1])
+    base, new = (tensor_of([int(bits, 16) for bits in text.split()], torch.bfloat16) for text in (olds, news))
+    assert raw_of(encode("w", base, new)) == data
+    assert same(decoded("w", data, base), new)
+    changes = [(1, -1), (2, -1), (6, -29959)]
+    assert reference.decode_block(data, 0) == changes
+    rows = re.findall(r"^\| (\d) \| .* (-)?: `1` \| (\d+):", page, re.MULTILINE)
+    assert [(int(place), -int(units)) for place, _, units in rows] == changes
+    assert "3c000edf 000001a8" in page
+    assert struct.unpack_from("<2I", data, 84) == (0x3C000EDF, 0x000001A8)
