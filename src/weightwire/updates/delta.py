@@ -113,13 +113,11 @@ def encode(name: str, base: torch.Tensor, new: torch.Tensor, *, start: int = 0, 
             f"{name!r}: no delta from {base.dtype} of {tuple(base.shape)} to {new.dtype} of {tuple(new.shape)}",
             next_step=f"Both must be alike, of {', '.join(str(dtype) for dtype in DELTA_DTYPES)}.",
         )
-    olds, news = _bits_of(base), _bits_of(new)
-    places = rice.find(_aligned(olds), _aligned(news))
-    old, after = olds[places], news[places]
+    places, olds, news = rice.find(_aligned(_bits_of(base)), _aligned(_bits_of(new)))
     steps = np.empty(places.size, np.int64)
-    rice.subtract(old, after, 8 * base.element_size(), steps)
+    rice.subtract(olds, news, 8 * base.element_size(), steps)
     first = scan(base, start).digest if before is None else before
-    last = first + _change(base.dtype, places, old, after, start)[0]
+    last = first + _change(base.dtype, places, olds, news, start)[0]
     return _assemble(base.dtype, start, base.numel(), places, steps, first, last)
 
 

@@ -18,33 +18,53 @@ import numpy as np
 
 __all__ = ["add", "find", "gap_bits", "merge", "read", "subtract", "tally", "weigh", "write"]
 
+_CHUNK = 512  # words at a time: they stay in the first-level cache
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _widen(array: Any, count: Any, room: Any) -> Any:
+    if count + room <= array.size:
+        return array
+    wider = np.empty(2 * array.size + room, array.dtype)
+    wider[:count] = array[:count]
+    return wider
+
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def find(base: Any, new: Any) -> Any:
-    """The places at which two arrays of bits differ, uint16 or uint32, whose memory begins at a multiple of 8 bytes."""
-    size = base.size
-    group = 32 // base.itemsize
-    whole = size // group
-    one = base[: whole * group].view(np.uint64)
-    other = new[: whole * group].view(np.uint64)
-    places = np.empty(size // 64 + 2 * group, np.int64)
+    """Where two arrays of bits differ, uint16 or uint32, whose memory begins at a multiple of 8 bytes: the places, and
+    what stands there in each.
+    """
+    # First words, then elements of words that differ, both without a branch on what cannot be foreseen: what is no
+    # difference is written over by the next.
+    lanes = 8 // base.itemsize
+    whole = base.size // lanes
+    one = base[: whole * lanes].view(np.uint64)
+    other = new[: whole * lanes].view(np.uint64)
+    places = np.empty(base.size // 64 + lanes, np.int64)
+    olds = np.empty(places.size, base.dtype)
+    news = np.empty(places.size, base.dtype)
+    hits = np.empty(_CHUNK, np.int64)
     count = 0
-    for at in range(whole + 1):
-        if at < whole:
-            k = 4 * at
-            differ = (one[k] ^ other[k]) | (one[k + 1] ^ other[k + 1])
-            differ |= (one[k + 2] ^ other[k + 2]) | (one[k + 3] ^ other[k + 3])
-            if differ == 0:
-                continue
-        if count + group > places.size:
-            more = np.empty(2 * places.size, np.int64)
-            more[:count] = places[:count]
-            places = more
-        # No branch on what cannot be foreseen: a place that did not change is written over by the next.
-        for i in range(at * group, min((at + 1) * group, size)):
-            places[count] = i
-            count += base[i] != new[i]
-    return places[:count].copy()
+    for begin in range(0, whole + 1, _CHUNK):
+        found = 0
+        for word in range(begin, min(begin + _CHUNK, whole)):
+            hits[found] = word
+            found += one[word] != other[word]
+        room = (found + 1) * lanes
+        places, olds, news = _widen(places, count, room), _widen(olds, count, room), _widen(news, count, room)
+        first = count
+        for hit in range(found):
+            for i in range(hits[hit] * lanes, (hits[hit] + 1) * lanes):
+                places[count] = i
+                count += base[i] != new[i]
+        if begin + _CHUNK > whole:  # the last: elements that fill no word
+            for i in range(whole * lanes, base.size):
+                places[count] = i
+                count += base[i] != new[i]
+        for i in range(first, count):
+            olds[i], news[i] = base[places[i]], new[places[i]]
+    return places[:count], olds[:count], news[:count]
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
