@@ -22,6 +22,7 @@ import msgspec
 import torch
 
 from weightwire import sources, transports
+from weightwire.baseline import Baseline
 from weightwire.engines.base import Begun, Engine, Pause
 from weightwire.engines.find import find
 from weightwire.errors import (
@@ -29,15 +30,18 @@ from weightwire.errors import (
     EngineError,
     PublishError,
     SourceError,
+    UnsupportedError,
     UsageError,
+    VersionError,
     WeightwireError,
 )
 from weightwire.sources.base import Source
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.buckets import Bucket, cut
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_tensors_any, settle
-from weightwire.updates.manifest import Adapter, Manifest, Staging
+from weightwire.updates.delta import Delta
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan, scan_tensors_any, settle
+from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
 __all__ = ["Explanation", "Publisher"]
@@ -64,6 +68,8 @@ class Publisher:
     `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
     bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and 256 MiB over NCCL. An engine
     that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
+
+    `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Publisher:
         adapter: str | None = None,
         transport: str | None = None,
         bucket_bytes: int | None = None,
+        baseline: Literal["host"] | None = None,
         lease: float = 60.0,
         deadline: float = 600.0,
     ) -> None:
@@ -85,6 +92,8 @@ class Publisher:
             raise UsageError(
                 f"lease={lease}, deadline={deadline}", next_step="Seconds: both must be positive, a lease at most 3600."
             )
+        if baseline not in (None, "host"):
+            raise UsageError(f"baseline={baseline!r}", next_step="Take 'host', or None to send no deltas.")
         # The ranks wait for each other a little longer than rank 0 waits for engines, whose error then reaches all.
         self._source = sources.find(source, timeout=deadline + _SLACK_SECONDS)
         self._leads = self._source.ranks is None or self._source.ranks.rank == 0
@@ -106,11 +115,17 @@ class Publisher:
         self._weights = _Weights(self._source)
         self._transports = transports.make(self._weights)
         self._choices: dict[str, Choice] = {}
+        if baseline is not None and self._source.ranks is not None:
+            raise UnsupportedError(
+                "no deltas of weights that are spread over ranks yet", next_step="Leave `baseline` out."
+            )
+        self._baseline = None if baseline is None or is_adapter else Baseline()
 
     def publish(
         self,
         version: int,
         *,
+        kind: Literal["auto", "dense", "delta"] = "auto",
         partial: bool = False,
         finite: bool = True,
         staging: Literal["copy", "none"] = "copy",
@@ -119,6 +134,10 @@ class Publisher:
         deadline: float | None = None,
     ) -> Receipt:
         """Make the source's weights, as they are now, version `version` of every engine, or of the adapter there.
+
+        With a baseline, `kind="auto"` sends the delta from the version before where that is smaller and the engines
+        have that version, else everything; `Receipt.why` says which and why. `"delta"` raises `UsageError` or the
+        engine's refusal instead, `"dense"` always sends everything.
 
         `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `staging="none"`, for engines on a GPU
         without room for a second copy, writes over the live weights while the engine stands still; if that fails it
@@ -135,6 +154,8 @@ class Publisher:
                 next_step="Take staging='copy', or 'none' with pause='keep': then the engine stands still from the "
                 "beginning, and requests in flight go on under the new weights.",
             )
+        if kind not in ("auto", "dense", "delta"):
+            raise UsageError(f"kind={kind!r}", next_step="Take 'auto', 'dense' or 'delta'.")
         version = _as_version(version)
         if deadline is not None and deadline <= 0:
             raise UsageError(f"deadline={deadline}: it is seconds and must be positive")
@@ -145,9 +166,17 @@ class Publisher:
             )
         for engine in self._engines:
             engine.check_caller()
-        run = _Run(self, time.monotonic() + (self._deadline if deadline is None else deadline))
-        with contextlib.closing(run):
-            return run.publish(version, partial, finite, staging, pause, keep_cache)
+        end = time.monotonic() + (self._deadline if deadline is None else deadline)
+        how = (partial, finite, staging, pause, keep_cache)
+        try:
+            with contextlib.closing(_Run(self, end, kind)) as run:
+                return run.publish(version, *how)
+        except (VersionError, UnsupportedError) as error:
+            if kind != "auto" or run.deltas is None or run.committing:
+                raise
+            refused = f"the delta was refused: {error}"
+        with contextlib.closing(_Run(self, end, "dense", refused)) as run:
+            return run.publish(version, *how)
 
     def explain(self, *, timeout: float = 30.0) -> Explanation:
         """What a publish would send, and by which transport to each engine; for each other transport, why not.
@@ -234,8 +263,12 @@ class Explanation:
 class _Run:
     """One publish. On rank 0 it drives the engines; on the others it only reads weights along."""
 
-    def __init__(self, publisher: Publisher, deadline: float) -> None:
+    def __init__(self, publisher: Publisher, deadline: float, kind: str, why: str = "") -> None:
         self._publisher = publisher
+        self._baseline = publisher._baseline
+        self._kind = kind
+        self._why = why
+        self.deltas: list[Delta] | None = None
         self._source: Source = publisher._source
         self._ranks = self._source.ranks
         self._engines = list(publisher._engines)
@@ -246,7 +279,7 @@ class _Run:
         self._lent = contextlib.ExitStack()
         self._stages: list[Future[None]] = []
         self._order: list[int] = []
-        self._committing = False
+        self.committing = False
         self._done = False
 
     def publish(
@@ -262,19 +295,26 @@ class _Run:
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
+        ordered = tuple(specs[n] for n in self._order)
+        self._decide(ordered, partial=partial, finite=finite, whole=config is None and staging == "copy")
+        encoded = time.perf_counter()
         draft = Manifest(
             version=version,
-            kind="dense" if config is None else "adapter",
+            kind="adapter" if config is not None else "dense" if self.deltas is None else "delta",
+            base_version=None if self.deltas is None or self._baseline is None else self._baseline.version,
+            encoded=tuple(delta.nbytes for delta in self.deltas or ()),
             adapter=None
             if config is None
             else Adapter(name=check_name(str(self._publisher.adapter)), config=dict(config)),
-            tensors=tuple(specs[n] for n in self._order),
+            tensors=ordered,
             aliases=dict(self._source.aliases),
             partial=partial,
             finite=finite,
             staging=staging,
         ).check()
         manifest = self._from_leader(lambda: self._begin(draft), Manifest)
+        if self._baseline is not None and self.deltas is None:
+            self._baseline.start(ordered)
         marks.append(time.perf_counter())
         scans = self._stage(manifest)
         marks.append(time.perf_counter())
@@ -282,15 +322,48 @@ class _Run:
         marks.append(time.perf_counter())
         receipts = self._from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
         marks.append(time.perf_counter())
+        seconds = {phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)}
+        if self.deltas is not None:
+            seconds = {"encode": encoded - marks[0], **seconds, "begin": marks[1] - encoded}
         self._done = True
+        if self._baseline is not None:
+            if self.deltas is None:
+                self._baseline.finish(version, scans)
+            else:
+                self._baseline.advance(version, self.deltas)
         return Receipt(
             version=version,
             kind=manifest.kind,
             tensors=len(specs),
             nbytes=manifest.nbytes,
-            seconds={phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)},
+            seconds=seconds,
             engines=receipts,
+            why=self._why,
         )
+
+    def _decide(self, specs: tuple[TensorSpec, ...], *, partial: bool, finite: bool, whole: bool) -> None:
+        """Encode deltas, or note why not."""
+        if self._kind == "dense" or (self._baseline is None and self._kind == "auto"):
+            return
+        if self._baseline is None:
+            why: str | None = "no baseline is kept; make the Publisher with baseline='host'"
+        elif partial or not whole:
+            why = "a delta is of a whole model, and is staged"
+        elif any(isinstance(way, Lender) for way in self._ways().values()):
+            why = "the engine reads the weights in the trainer's own memory"
+        else:
+            why = self._baseline.refusal(specs)
+        if why is None and self._baseline is not None:
+            dense = sum(spec.nbytes for spec in specs)
+            limit = dense if self._kind == "auto" else 4 * dense + (1 << 30)
+            self.deltas = self._baseline.encode(self._read, finite=finite, limit=limit)
+            why = "a delta would not be smaller"
+        if self.deltas is not None:
+            share = sum(delta.count for delta in self.deltas) / max(sum(delta.numel for delta in self.deltas), 1)
+            why = f"{share:.2%} of the elements changed, instead of {sum(s.nbytes for s in specs) / 1e6:.1f} MB"
+        elif self._kind == "delta":
+            raise UsageError(f"no delta can be sent: {why}", next_step="Publish with kind='auto' or 'dense'.")
+        self._why = why or ""
 
     def close(self) -> None:
         """Free everything, and abort what was not committed."""
@@ -299,17 +372,23 @@ class _Run:
         if not self._done:
             # What was found out about the transports may no longer be so.
             self._publisher._choices.clear()
-        if not self._done and not self._committing:
+        if not self._done and not self.committing:
             begun = [engine for engine in self._engines if engine.name in self._begun]
             wait([self._pool.submit(engine.abort, self._id(engine), timeout=_ABORT_SECONDS) for engine in begun])
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._source.release()
 
+    def _choices(self) -> dict[str, Choice]:
+        return self._each("resolve", lambda engine: self._publisher._choose(engine, self._left()))
+
+    def _ways(self) -> dict[str, Transport | Lender]:
+        return {choice.name: self._publisher._transports[choice.name] for choice in self._choices().values()}
+
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
     def _begin(self, draft: Manifest) -> Manifest:
-        choices = dict(self._each("resolve", lambda engine: self._publisher._choose(engine, self._left())))
-        used = {choice.name: self._publisher._transports[choice.name] for choice in choices.values()}
+        choices = self._choices()
+        used = self._ways()
         senders = {name: way for name, way in used.items() if not isinstance(way, Lender)}
         limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
         wanted = self._publisher._bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=1 << 30)
@@ -367,18 +446,24 @@ class _Run:
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
-            scans = scan_tensors_any(self._whole())
+            whole = self._whole()
+            scans = scan_tensors_any(whole)
+            if self._baseline is not None:
+                for number, tensor in enumerate(whole):
+                    self._baseline.write(number, 0, tensor)
             self._on_leader(self._finish)
             return settle(scans)
         ahead: list[torch.Tensor] = []
-        if self._ranks is None and self._publisher._weights.device.type == "cuda":
+        plain = self._ranks is None and self.deltas is None and self._baseline is None
+        if plain and self._publisher._weights.device.type == "cuda":
             # On a GPU, one launch for all is much cheaper than one for each piece.
             ahead = self._whole()
             scans = scan_tensors_any(ahead) if ahead else scans
+        wire = manifest.wire
         for bucket in cut(manifest):
             data = self._on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
             for piece in bucket.pieces:
-                spec = manifest.tensors[piece.tensor]
+                spec = wire[piece.tensor]
                 nbytes = piece.count * spec.itemsize
                 # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
                 part = (
@@ -390,7 +475,7 @@ class _Run:
                 if ahead:
                     run.copy_(ahead[piece.tensor].reshape(-1)[piece.start : piece.start + piece.count])
                 else:
-                    scans[piece.tensor] = self._read(piece.tensor, piece.start, run) + scans[piece.tensor]
+                    scans[piece.tensor] = self._fill(piece.tensor, piece.start, run) + scans[piece.tensor]
             self._on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         self._on_leader(self._finish)
         known = settle(scans)
@@ -401,6 +486,15 @@ class _Run:
         whole = [tensor.detach() for tensor in self._publisher._weights.whole() or ()]
         alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
         return [whole[n] for n in self._order] if alike else []
+
+    def _fill(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        if self.deltas is not None:
+            out.copy_(self.deltas[tensor].data[start : start + out.numel()])
+            return scan(out, start)
+        scanned = self._read(tensor, start, out)
+        if self._baseline is not None and out.device.type != "meta":
+            self._baseline.write(tensor, start, out)
+        return scanned
 
     def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:
@@ -435,7 +529,7 @@ class _Run:
 
     def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
         # From here on engines may differ, and aborting could not make them alike again.
-        self._committing = True
+        self.committing = True
 
         def commit(engine: Engine) -> EngineReceipt:
             return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._left())

@@ -42,11 +42,20 @@ from weightwire.errors import (
 from weightwire.revisions import Revision, Revisions
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_runs, scan_runs_any, scan_tensors_any, settle
+from weightwire.updates.digest import (
+    NO_DIGEST,
+    Digest,
+    Pending,
+    Scan,
+    scan_runs,
+    scan_runs_any,
+    scan_tensors_any,
+    settle,
+)
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "Arrivals", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
+__all__ = ["AdapterStaging", "Arrivals", "DeltaStaging", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
@@ -100,6 +109,16 @@ class AdapterStaging(Staging, Protocol):
         """After `commit`: a digest of what this rank's modules hold of it."""
 
 
+class DeltaStaging(Staging, Protocol):
+    """A delta's staged copy: its encoded bytes, and from `seal` on what to write where."""
+
+    after: Sequence[Digest]
+    """Of each tensor as it will be, in manifest order; known from `seal` on."""
+
+    def undo(self) -> None:
+        """Put back, bit for bit, what `commit` has changed, however far it came. Raises when that cannot be shown."""
+
+
 class Target(Protocol):
     """A worker's model, as the receiver sees it."""
 
@@ -109,6 +128,9 @@ class Target(Protocol):
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         """The same for a LoRA adapter. Also raises `UnsupportedError` when the engine takes none."""
+
+    def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
+        """The same for a delta. Also raises `UnsupportedError` where live weights cannot be patched."""
 
     def drop(self, revision: Revision) -> None:
         """Forget a revision, which no request has in use any more. Called on the engine's own thread."""
@@ -145,6 +167,7 @@ class _Update:
     staging: Staging
     revision: Revision | None
     adapter: AdapterStaging | None
+    delta: DeltaStaging | None
     buckets: tuple[Bucket, ...]
     scans: list[Scan | Pending]
     known: list[Scan] = field(default_factory=list)
@@ -202,6 +225,8 @@ class Receiver:
         self._proofs: tuple[str, Future[dict[str, Any]]] | None = None
         self._revisions = Revisions(keep)
         self._last: tuple[str, Revision] | None = None
+        self._undo: tuple[str, DeltaStaging, int | None] | None = None
+        self._intact: str | None = None  # the update whose commit failed here and was undone
         self._dropped: list[Revision] = []
         self._version: int | None = None
         self._poisoned: str | None = None
@@ -218,6 +243,7 @@ class Receiver:
             "abort": self.abort,
             "try_offers": self.try_offers,
             "poison": self.poison,
+            "take_back": self.take_back,
             "record": self.record,
             "adapters": self.adapters,
             "unload": self.unload,
@@ -242,10 +268,12 @@ class Receiver:
                     next_step="Wait for it to finish or for its lease to end, then publish again.",
                     details={"holder": held.holder, "until": held.expires},
                 )
+            self._forget()
             started = time.perf_counter()
             revision = self._revision(id, manifest)
             adapter = revision and self._target.prepare_adapter(manifest, revision)
-            staging = adapter or self._target.prepare(manifest)
+            delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
+            staging = adapter or delta or self._target.prepare(manifest)
             room = self._target.room()
             if staging.nbytes > room:
                 staging.discard()
@@ -262,6 +290,7 @@ class Receiver:
                 staging=staging,
                 revision=revision,
                 adapter=adapter,
+                delta=delta,
                 buckets=cut(manifest),
                 scans=[Scan(NO_DIGEST, 0)] * len(manifest.tensors),
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
@@ -274,7 +303,8 @@ class Receiver:
         """The revision that this update is to become; None for a whole model. Raises when it cannot be one now."""
         if manifest.adapter is None:
             self._check_version(manifest)
-        partly = "partial update" if manifest.partial else "LoRA adapter" if manifest.adapter else None
+        words = {"dense": None, "delta": "delta", "adapter": "LoRA adapter"}
+        partly = "partial update" if manifest.partial else words[manifest.kind]
         if self._poisoned and partly:
             raise PoisonedError(
                 f"poisoned ({self._poisoned}), and a {partly} cannot heal it",
@@ -291,6 +321,11 @@ class Receiver:
             raise VersionError(
                 f"version {manifest.version} is not newer than {self._version}, which is being served",
                 next_step=f"Publish version {oldest} or higher.",
+            )
+        if manifest.kind == "delta" and manifest.base_version != self._version and not self._poisoned:
+            raise VersionError(
+                f"the delta starts from version {manifest.base_version}, here is {self._version}",
+                next_step="Publish the whole model, or the delta from what is here.",
             )
 
     def stage(self, id: str, address: str) -> None:
@@ -383,15 +418,16 @@ class Receiver:
                 self._check(update, _CHECK_SECONDS)
 
     def commit(self, id: str, client: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank.
+        """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank,
+        unless it was a delta that could be undone.
         `client`, for an adapter: the arguments of `adapters`, whose answer then is part of it."""
         with self._lock:
             update = self._held(id)
             if not update.sealed:
                 raise StateError("this update is not sealed", next_step="Seal it first.")
-            if self._poisoned and update.manifest.partial:
+            if self._poisoned and (update.manifest.partial or update.delta):
                 raise PoisonedError(
-                    f"poisoned since this partial update was begun ({self._poisoned}), and it cannot heal that",
+                    f"poisoned since this update was begun ({self._poisoned}), and it cannot heal that",
                     next_step="Publish a complete update.",
                 )
             update.cancelled.set()  # the lease no longer counts
@@ -400,6 +436,7 @@ class Receiver:
                 update.staging.commit()
             except BaseException as error:
                 raise self._failed(update, error) from error
+            self._undo = (id, update.delta, self._version) if update.delta else None
             if update.revision is None:
                 self._version = update.manifest.version
                 self._poisoned = None
@@ -409,6 +446,7 @@ class Receiver:
             self._update = None
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
+            digests = update.delta.after if update.delta else [scanned.digest for scanned in update.known]
             return {
                 "adapters": self.adapters(**client) if client else None,
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
@@ -420,7 +458,7 @@ class Receiver:
                 "nbytes": update.manifest.nbytes,
                 "seconds": {**update.seconds, "commit": time.perf_counter() - started},
                 "digests": {
-                    spec.name: s.digest.hex() for spec, s in zip(update.manifest.tensors, update.known, strict=True)
+                    spec.name: digest.hex() for spec, digest in zip(update.manifest.tensors, digests, strict=True)
                 },
                 "adapter": update.revision and update.revision.label,
             }
@@ -429,12 +467,49 @@ class Receiver:
         if update.revision is not None:
             self._end(update, "its commit failed")
             return EngineError(f"{update.revision.label} could not be kept on rank {self._rank}: {error!r}")
+        if update.delta is not None and self._undone(update.delta):
+            self._end(update, "its commit failed, and was undone")
+            self._intact = update.id
+            return EngineError(
+                f"the commit failed on rank {self._rank}, which has its old weights back: {error!r}",
+                next_step="Publish again.",
+            )
         self.poison(f"commit of version {update.manifest.version} failed: {error!r}")
         self._end(update, "its commit failed")
         return PoisonedError(
             f"the commit failed on rank {self._rank}: {error!r}",
             next_step="The engine refuses to generate. Publish a complete update to heal it.",
         )
+
+    def _undone(self, delta: DeltaStaging) -> bool:
+        try:
+            delta.undo()
+        except Exception:
+            logger.exception("weightwire: a delta could not be undone")
+            return False
+        return True
+
+    def take_back(self, id: str, reason: str) -> None:
+        """The commit of this update failed on some rank. Here it is undone, where it is a delta's, or was not reached;
+        else this rank is poisoned."""
+        if self._proofs is not None and self._proofs[0] == id:
+            wait([self._proofs[1]])  # it reads what is about to change
+        with self._lock:
+            if self._undo is not None and self._undo[0] == id:
+                _, delta, version = self._undo
+                if not self._poisoned and self._undone(delta):
+                    self._version = version
+                    self._remember(id, reason)
+                    self._forget()
+                    return
+            elif self._intact == id or (self._update is not None and self._update.id == id and self._update.delta):
+                return
+            self.poison(reason)
+
+    def _forget(self) -> None:
+        if self._undo is not None:
+            self._undo[1].discard()
+            self._undo = None
 
     def proof(self, id: str) -> dict[str, Any] | None:
         """`proven`: how each live parameter was, of an adapter each module that it is bound to; and `held`, of an
@@ -487,8 +562,10 @@ class Receiver:
             logger.error("weightwire: poisoned: %s", reason)
 
     def record(self, receipt: dict[str, Any]) -> None:
-        """Keep the last receipt, for `status`."""
-        self._receipt = receipt
+        """Keep the last receipt, for `status`: its update is over on every rank."""
+        with self._lock:
+            self._receipt = receipt
+            self._forget()
 
     def try_offers(self, offers: Sequence[str]) -> dict[str, str | None]:
         """For each transport offered, None if this rank can use it, else why not."""
@@ -554,7 +631,7 @@ class Receiver:
         arrivals = Arrivals(
             update=update.id,
             rank=self._rank,
-            tensors=update.manifest.tensors,
+            tensors=update.manifest.wire,
             buckets=update.buckets,
             lease=update.lease,
             cancelled=update.cancelled,
@@ -578,7 +655,8 @@ class Receiver:
         if index in update.received:
             return
         pieces = update.buckets[index].pieces
-        specs = [update.manifest.tensors[piece.tensor] for piece in pieces]
+        wire = update.manifest.wire
+        specs = [wire[piece.tensor] for piece in pieces]
         dtypes = [getattr(torch, spec.dtype) for spec in specs]
         scans = scan_runs_any(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
         self._poison_what_is_overwritten(update)
@@ -626,7 +704,8 @@ class Receiver:
             self.poison(f"version {update.manifest.version} could not be verified after its commit: {error!r}")
             raise
         finally:
-            update.staging.discard()
+            if update.delta is None:  # which can still be undone
+                update.staging.discard()
 
     def _start(self, update: _Update, phase: str, work: Callable[[], None]) -> None:
         update.expires = self._clock() + update.lease

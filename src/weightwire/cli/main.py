@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from weightwire.cli import demo, doctor, push, serve, status
+from weightwire.cli import demo, doctor, inspect, push, serve, status
 from weightwire.errors import UsageError, WeightwireError
 
 __all__ = ["main"]
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 for what went wrong, 2 for a wrong call."""
     parser = argparse.ArgumentParser(prog="weightwire", description="New weights into running inference engines.")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    for verb in (serve, push, status, doctor, demo):
+    for verb in (serve, push, status, inspect, doctor, demo):
         verb.add_parser(verbs)
     args, rest = parser.parse_known_args(argv)
     if rest and not getattr(args, "passes_through", False):

@@ -214,7 +214,7 @@ class Control:
             await self._in_time(self.host.label(parts[0]["version"]), left, "commit")
         except BaseException as error:
             # Some ranks may hold the new version, or outputs would bear the wrong one.
-            await self._clean_up("poison", reason=f"a commit failed: {error}")
+            await self._clean_up("take_back", id=id, reason=f"a commit failed: {error}")
             raise
         return parts
 

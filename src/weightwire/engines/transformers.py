@@ -18,6 +18,7 @@ import torch
 from weightwire import transports
 from weightwire.engines.base import Pause
 from weightwire.engines.local import LocalEngine, in_thread
+from weightwire.engines.staged_delta import StagedDelta
 from weightwire.engines.transformers_adapters import ModuleAdapters
 from weightwire.errors import (
     AdapterNotFound,
@@ -47,6 +48,9 @@ class ModuleTarget:
 
     def prepare(self, manifest: Manifest) -> _Staged:
         return _Staged(manifest, check(manifest, self._adapters.state()))
+
+    def prepare_delta(self, manifest: Manifest) -> StagedDelta:
+        return StagedDelta(manifest, check(manifest, self._adapters.state()))
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         return self._adapters.prepare(manifest, revision)

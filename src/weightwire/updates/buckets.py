@@ -39,7 +39,7 @@ def cut(manifest: Manifest) -> tuple[Bucket, ...]:
     >>> [b.pieces for b in cut(Manifest(version=1, tensors=(spec,), bucket_bytes=4096))]
     [(Piece(tensor=0, start=0, count=1024, offset=0),), (Piece(tensor=0, start=1024, count=476, offset=0),)]
     """
-    return _cut(manifest.tensors, manifest.bucket_bytes)
+    return _cut(manifest.wire, manifest.bucket_bytes)
 
 
 def _cut(tensors: Iterable[TensorSpec], limit: int) -> tuple[Bucket, ...]:

@@ -25,7 +25,7 @@ from weightwire.errors import ShapeMismatch, UsageError, VerificationError, Vers
 from weightwire.updates import rice
 from weightwire.updates.digest import Digest, scan, scan_places
 
-__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "parse"]
+__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "parse", "steps_of"]
 
 DELTA_DTYPES: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """The dtypes that a delta may have, with their numbers in its header."""
@@ -228,6 +228,17 @@ def compose(name: str, first: Delta, then: Delta) -> Delta:
     width = 8 * first.dtype.itemsize
     places, steps = rice.merge(*_changes_of(name, first), *_changes_of(name, then), width)
     return _assemble(first.dtype, first.start, first.numel, places, steps, first.before, then.after)
+
+
+def steps_of(name: str, delta: Delta) -> dict[int, int]:
+    """How many elements change by how many units in the last place. Reads all of the delta, as `decode` does, without
+    its base. Raises `VerificationError`.
+
+    >>> steps_of("w", encode("w", torch.tensor([1.0, 2, 3]), torch.tensor([1.0, 2, 3]).nextafter(torch.tensor(9.0))))
+    {1: 3}
+    """
+    sizes, counts = np.unique(np.abs(_changes_of(name, delta)[1]), return_counts=True)
+    return dict(zip(sizes.tolist(), counts.tolist(), strict=True))
 
 
 def estimate(base: torch.Tensor, new: torch.Tensor, *, sample: int = 1 << 16) -> tuple[float, float]:

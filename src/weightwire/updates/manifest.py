@@ -30,6 +30,8 @@ DTYPES: dict[str, int] = {
 MAX_TENSORS = 1_000_000
 MAX_BUCKET_BYTES = 1 << 30
 _MAX_ELEMENTS = 1 << 48
+_DELTA_DTYPES = ("bfloat16", "float16", "float32")
+_DELTA_LEAST = 4096
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=_MAX_ELEMENTS)]
@@ -78,6 +80,9 @@ Staging = Literal["copy", "lent", "none"]
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an update holds: a whole model, or with `adapter` a LoRA adapter under PEFT's names, of its own versions.
 
+    A delta holds what changed since `base_version`, for each of `tensors` in `encoded` bytes (`updates.delta`), which
+    is what travels in its place (`wire`).
+
     `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
     engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
     to be left out; `finite` refuses NaN and Inf. Both sides cut the same buckets from `bucket_bytes`. `staging` is
@@ -86,8 +91,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
-    kind: Literal["dense", "adapter"] = "dense"
+    kind: Literal["dense", "delta", "adapter"] = "dense"
     adapter: Adapter | None = None
+    base_version: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    encoded: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
     aliases: dict[Name, Name] = {}
     partial: bool = False
     finite: bool = True
@@ -95,8 +102,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     bucket_bytes: Annotated[int, msgspec.Meta(ge=4096, le=MAX_BUCKET_BYTES)] = 64 << 20
 
     @property
+    def wire(self) -> tuple[TensorSpec, ...]:
+        """What travels: `tensors` themselves, or each one's delta as bytes under its name."""
+        if self.kind != "delta":
+            return self.tensors
+        sizes = zip(self.tensors, self.encoded, strict=True)
+        return tuple(TensorSpec(name=spec.name, dtype="uint8", shape=(nbytes,)) for spec, nbytes in sizes)
+
+    @property
     def nbytes(self) -> int:
-        return sum(spec.nbytes for spec in self.tensors)
+        return sum(spec.nbytes for spec in self.wire)
 
     def check(self) -> Manifest:
         """This manifest, or a `ManifestError` that names the first tensor at fault."""
@@ -106,6 +121,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ManifestError(f"staging {self.staging!r} is for whole models")
         if self.adapter is not None and (self.partial or self.aliases):
             raise ManifestError("an adapter is sent whole, and has no aliases")
+        self._check_delta()
         names: set[str] = set()
         for name in (*(spec.name for spec in self.tensors), *self.aliases, *self.aliases.values()):
             if not name.isprintable():
@@ -126,6 +142,23 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                     f"alias {alias!r} of {name!r}: the first must be no tensor of this update, the second must be one"
                 )
         return self
+
+    def _check_delta(self) -> None:
+        if (self.kind == "delta") != (self.base_version is not None):
+            raise ManifestError(f"kind {self.kind!r} with base version {self.base_version}")
+        if self.kind != "delta":
+            if self.encoded:
+                raise ManifestError(f"kind {self.kind!r} with sizes of deltas")
+            return
+        if self.staging != "copy" or self.partial:
+            raise ManifestError("a delta is staged as it is, and is of a whole model")
+        if len(self.encoded) != len(self.tensors):
+            raise ManifestError(f"{len(self.encoded)} sizes of deltas for {len(self.tensors)} tensors")
+        for spec, nbytes in zip(self.tensors, self.encoded, strict=True):
+            if spec.dtype not in _DELTA_DTYPES:
+                raise ManifestError(f"{spec.name!r} has dtype {spec.dtype!r}, of which there is no delta")
+            if nbytes > 2 * spec.nbytes + _DELTA_LEAST:
+                raise ManifestError(f"{spec.name!r}: a delta of {nbytes} bytes for {spec.nbytes}")
 
 
 def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:

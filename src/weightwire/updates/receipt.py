@@ -66,7 +66,8 @@ class EngineReceipt(msgspec.Struct, frozen=True, kw_only=True):
 class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     """What `Publisher.publish()` came to: `engines` has each engine's own receipt.
 
-    `seconds` are the trainer's, by phase; `total` is their sum; `pause` is the longest of any engine.
+    `seconds` are the trainer's, by phase; `total` is their sum; `pause` is the longest of any engine. `why` says why
+    it went as a delta, or whole.
     """
 
     version: int
@@ -75,6 +76,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     seconds: dict[str, float]
     engines: dict[str, EngineReceipt]
+    why: str = ""
 
     @property
     def total(self) -> float:
@@ -90,4 +92,5 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True):
         return (
             f"version {self.version} ({self.kind}): {self.tensors} tensors, {self.nbytes / 1e6:.1f} MB"
             f" to {where} in {self.total:.3f} s ({phases}), paused {self.pause * 1e3:.0f} ms"
+            + (f"; {self.kind}: {self.why}" if self.why else "")
         )

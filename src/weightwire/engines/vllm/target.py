@@ -19,7 +19,7 @@ from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
-from weightwire.receiver import AdapterStaging, Staging
+from weightwire.receiver import AdapterStaging, DeltaStaging, Staging
 from weightwire.revisions import Revision
 from weightwire.updates.digest import Scan, all_finite
 from weightwire.updates.manifest import Manifest
@@ -87,6 +87,9 @@ class VllmTarget:
         self._tables = self._tables or Tables()
         places = {name: list(tensors.values()) for name, tensors in live.items()}
         return DeviceStaging(manifest, plan, places, self._worker.device, self._tables)
+
+    def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
+        raise UnsupportedError("vLLM takes no deltas yet", next_step="Publish with kind='dense' or 'auto'.")
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         self._refuse_replicas()

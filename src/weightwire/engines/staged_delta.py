@@ -1,0 +1,104 @@
+"""A delta's staged copy for live weights that are plain tensors on the CPU: patched in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.updates.delta import Delta, Patch, decode, parse
+from weightwire.updates.digest import Digest, Scan, scan
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import Proof
+
+__all__ = ["StagedDelta"]
+
+_PATCH = 12  # decoded, a change takes some ten times its encoded bytes
+
+
+class StagedDelta:
+    """`receiver.DeltaStaging`. `places`: for each tensor of the manifest, the live tensors that hold it, by name.
+
+    All is decoded and its result verified in `seal`, from live weights that are only read there.
+    """
+
+    takes = None
+
+    def __init__(self, manifest: Manifest, places: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        for spec, taking in zip(manifest.tensors, places, strict=True):
+            for name, live in taking.items():
+                if live.dtype != getattr(torch, spec.dtype) or live.device.type != "cpu" or not live.is_contiguous():
+                    raise UnsupportedError(
+                        f"{name} is {live.dtype} on {live.device} with strides {live.stride()}, and a delta needs it as"
+                        f" contiguous {spec.dtype} on the CPU",
+                        next_step="Publish with kind='dense'.",
+                    )
+        self._places = places
+        self._names = [spec.name for spec in manifest.tensors]
+        self._finite = manifest.finite
+        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
+        self._deltas: list[Delta] = []
+        self._patches: list[tuple[str, torch.Tensor, Patch, Delta]] = []
+        self.after: Sequence[Digest] = ()
+        self.nbytes = _PATCH * sum(manifest.encoded)
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._bytes[tensor][start : start + data.numel()].copy_(data)
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def seal(self, scans: Sequence[Scan]) -> None:
+        for name, data, taking in zip(self._names, self._bytes, self._places, strict=True):
+            delta = parse(name, data)
+            if delta.start:
+                raise VerificationError(f"{name!r}: its delta is of the elements from {delta.start} on, not of all")
+            for own, live in taking.items():
+                patch = decode(own, delta, live)
+                if patch.nonfinite and self._finite:
+                    raise NonFinite(
+                        f"NaN or Inf in {own} ({patch.nonfinite} of what changes)",
+                        next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+                    )
+                self._patches.append((own, live, patch, delta))
+            self.after = [*self.after, delta.after]
+        self._bytes.clear()
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        first: dict[int, tuple[str, Digest]] = {}
+        for name, live, _, delta in self._patches:
+            other, after = first.setdefault(live.data_ptr(), (name, delta.after))
+            if live.numel() and after != delta.after:
+                raise VerificationError(
+                    f"{other} and {name} are one tensor here, and two different ones were sent",
+                    next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
+                )
+
+    def check(self, seconds: float) -> bool:
+        return True
+
+    def commit(self) -> None:
+        for _, live, patch, _ in self._patches:
+            patch.apply(live)
+
+    def undo(self) -> None:
+        for _, live, patch, _ in self._patches:
+            patch.undo(live)
+        for name, live, _, delta in self._patches:
+            _expect(name, live, delta.before)
+
+    def proof(self) -> dict[str, Proof]:
+        for name, live, _, delta in self._patches:
+            _expect(name, live, delta.after)
+        return {name: "read back" for name, *_ in self._patches}
+
+    def discard(self) -> None:
+        self._bytes.clear()
+        self._patches.clear()
+
+
+def _expect(name: str, live: torch.Tensor, digest: Digest) -> None:
+    if scan(live).digest != digest:
+        raise VerificationError(f"{name} was read back from the live model and is not what it should be")
