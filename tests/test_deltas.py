@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import weightwire as ww
 from support import same, snapshot, tiny
+from support.server import serve
 from weightwire.engines.control import Control
 from weightwire.engines.staged_delta import StagedDelta
 from weightwire.errors import ManifestError
@@ -79,6 +80,26 @@ def test_a_delta_follows_a_dense_update_and_the_receipt_says_why(
             assert mine.proven == dict.fromkeys(weights, "read back")
             assert mine.digests == {name: scan(tensor).digest.hex() for name, tensor in weights.items()}
             assert engine.status().version == version
+
+
+def test_over_http_only_the_delta_travels(engine_of: Any) -> None:
+    engine = engine_of(width=256)
+    weights = first(engine)
+    with serve(engine, token="secret") as server, ww.connect(server.url, token="secret") as far:
+        sent: list[int] = []
+        far[0]._client.event_hooks = {"request": [lambda request: sent.append(len(request.read()))]}
+        with ww.Publisher(weights, far, baseline="host", transport="http") as publisher:
+            publisher.publish(1)
+            dense = sum(sent)
+            sent.clear()
+            moved(weights, 0.001, 2)
+            assert publisher.publish(2).kind == "delta"
+            assert same(engine.model, weights)
+            assert sum(sent) < dense / 50
+            with ww.Publisher(first(engine), engine) as other:
+                other.publish(3)
+            assert "the delta starts from version 2, here is 3" in publisher.publish(4).why
+            assert same(engine.model, weights)
 
 
 def test_what_did_not_change_at_all_is_a_delta_too(engine_of: Any) -> None:
