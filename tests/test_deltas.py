@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 import weightwire as ww
 from support import same, snapshot, tiny
 from support.server import serve
+from weightwire.baseline import Baseline
 from weightwire.engines.control import Control
 from weightwire.engines.staged_delta import StagedDelta
 from weightwire.errors import ManifestError
 from weightwire.receiver import Arrivals, Receiver
+from weightwire.sources.base import spec_of
 from weightwire.updates.delta import Patch, encode
 from weightwire.updates.digest import scan
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
@@ -120,7 +122,8 @@ def test_dense_is_sent_where_that_is_smaller(engine_of: Any) -> None:
         for tensor in weights.values():
             tensor.normal_()
         receipt = publisher.publish(2)
-        assert (receipt.kind, receipt.why) == ("dense", "a delta would not be smaller")
+        assert receipt.kind == "dense"
+        assert "of the elements changed, more than the 20% up to which deltas pay" in receipt.why
         assert same(engine.model, weights)
         moved(weights, 0.01, 3)
         assert publisher.publish(3).kind == "delta"
@@ -473,3 +476,45 @@ def test_a_manifest_of_a_delta_travels_as_json() -> None:
     manifest = manifest_of(200)
     assert decode_manifest(msgspec.json.encode(manifest)) == manifest
     assert (manifest.nbytes, manifest.wire[0].dtype, manifest.wire[0].shape) == (200, "uint8", (200,))
+
+
+# -- the baseline --------------------------------------------------------------------------------------------------
+
+
+def baseline_of(**tensors: torch.Tensor) -> Baseline:
+    made = Baseline()
+    made.start(tuple(spec_of(name, tensor) for name, tensor in tensors.items()))
+    for number, tensor in enumerate(tensors.values()):
+        made.write(number, 0, tensor)
+    made.finish(1, [scan(tensor) for tensor in tensors.values()])
+    return made
+
+
+def reader(*tensors: torch.Tensor) -> Any:
+    def read(number: int, start: int, out: torch.Tensor) -> Any:
+        out.copy_(tensors[number].reshape(-1)[start : start + out.numel()])
+        return scan(out, start)
+
+    return read
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 1.0])
+def test_the_sampled_density_is_near_the_true_one(share: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    base = {"w": torch.randn(300, 400, generator=generator), "b": torch.randn(7, generator=generator)}
+    new = {name: tensor.clone() for name, tensor in base.items()}
+    chosen = torch.rand(300, 400, generator=generator) < share
+    new["w"][chosen] += 1
+    assert baseline_of(**base).density(reader(*new.values())) == pytest.approx(share, abs=0.03)
+
+
+def test_no_elements_have_no_density() -> None:
+    assert baseline_of(w=torch.zeros(0)).density(reader(torch.zeros(0))) == 0.0
+
+
+def test_a_baseline_that_is_harmed_is_noticed_by_the_trainer() -> None:
+    base = torch.randn(500)
+    baseline = baseline_of(w=base)
+    baseline._tensors[0][3] += 1
+    with pytest.raises(ww.WeightwireError, match="w: what was published last is no longer what is kept of it"):
+        baseline.encode(reader(base), finite=True)

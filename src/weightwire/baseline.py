@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from weightwire.errors import NonFinite
-from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode
+from weightwire.errors import NonFinite, VerificationError
+from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estimate
 from weightwire.updates.digest import Digest, Pending, Scan, settle
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["Baseline"]
 
 Read = Callable[[int, int, torch.Tensor], Scan | Pending]
+_SAMPLES, _RUN = 4, 1024  # of each tensor, and their elements
 _DTYPES = {str(dtype).removeprefix("torch.") for dtype in DELTA_DTYPES}
 
 
@@ -35,9 +36,22 @@ class Baseline:
         odd = next((spec for spec in specs if spec.dtype not in _DTYPES), None)
         return None if odd is None else f"{odd.name} is {odd.dtype}, of which there is no delta"
 
-    def encode(self, read: Read, *, finite: bool, limit: int) -> list[Delta] | None:
-        """A delta for each tensor, to what `read(tensor, start, out)` gives; None once they take `limit` bytes.
-        Raises `NonFinite`."""
+    def density(self, read: Read) -> float:
+        """About which share of the elements that `read(tensor, start, out)` gives has changed: of runs all over."""
+        looked = changed = 0.0
+        for number, (spec, base) in enumerate(zip(self._specs, self._tensors, strict=True)):
+            for place in range(_SAMPLES):
+                start = max(spec.numel - _RUN, 0) * place // (_SAMPLES - 1)
+                run = base[start : start + _RUN]
+                new = torch.empty_like(run)
+                read(number, start, new)
+                weight = spec.numel / _SAMPLES
+                looked += weight
+                changed += weight * estimate(run, new)[0]
+        return changed / looked if looked else 0.0
+
+    def encode(self, read: Read, *, finite: bool) -> list[Delta]:
+        """A delta for each tensor, to what `read(tensor, start, out)` gives. Raises `NonFinite`."""
         deltas: list[Delta] = []
         for number, (spec, base, before) in enumerate(zip(self._specs, self._tensors, self._digests, strict=True)):
             new = torch.empty_like(base)
@@ -49,9 +63,12 @@ class Baseline:
                     next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
                 )
             deltas.append(encode(spec.name, base, new, before=before))
-            limit -= deltas[-1].nbytes
-            if limit <= 0:
-                return None
+            if deltas[-1].after != scanned.digest:
+                raise VerificationError(
+                    f"{spec.name}: what was published last is no longer what is kept of it, or the weights change",
+                    phase="stage",
+                    next_step="Publish with kind='dense', while no optimiser step is under way.",
+                )
         return deltas
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
