@@ -312,6 +312,7 @@ class _Run:
             partial=partial,
             finite=finite,
             staging=staging,
+            keep=self._baseline is not None and self.deltas is None and not partial and staging == "copy",
         ).check()
         manifest = self._from_leader(lambda: self._begin(draft), Manifest)
         if self._baseline is not None and self.deltas is None:

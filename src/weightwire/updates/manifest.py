@@ -86,7 +86,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
     engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
     to be left out; `finite` refuses NaN and Inf. Both sides cut the same buckets from `bucket_bytes`. `staging` is
-    `Staging`.
+    `Staging`. With `keep`, deltas from this update may follow.
     """
 
     version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -94,6 +94,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kind: Literal["dense", "delta", "adapter"] = "dense"
     adapter: Adapter | None = None
     base_version: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    keep: bool = False
     encoded: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=MAX_TENSORS)] = ()
     aliases: dict[Name, Name] = {}
     partial: bool = False

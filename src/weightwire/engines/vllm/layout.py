@@ -24,6 +24,7 @@ __all__ = ["Slot", "find_slots"]
 _KNOWN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 _ASKED_COLUMNS = 4
 _READ_COLUMNS = 256
+_ABSENT = object()
 
 
 @dataclass(slots=True)
@@ -31,14 +32,17 @@ class Slot:
     """One module of the live model that holds parameters, and the shapes and dtypes that they are loaded with.
 
     `parameters` maps the module's own parameter names to their names in the model. A parameter that several modules
-    share (tied embeddings) is in the slot of each.
+    share (tied embeddings) is in the slot of each. An `undoable` slot keeps what its `commit` replaces.
     """
 
     module: torch.nn.Module
     parameters: dict[str, str]
+    undoable: bool = False
     _ready: dict[str, torch.Tensor] = field(default_factory=dict)
     _scans: dict[str, Scan] = field(default_factory=dict)
     _attributes: dict[str, Any] = field(default_factory=dict)
+    _replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    _packing: dict[str, Any] = field(default_factory=dict)
     _question: tuple[torch.nn.Module, list[int], torch.Tensor] | None = None
     _proof: Proof = "staged"
 
@@ -110,9 +114,24 @@ class Slot:
     def commit(self) -> None:
         """Make it live. On the engine's thread, between two model steps."""
         for own, value in self._ready.items():
-            getattr(self.module, own).data.copy_(value)
+            live = getattr(self.module, own).data
+            if self.undoable:
+                self._replaced[own] = live.clone()
+            live.copy_(value)
         for attribute, value in self._attributes.items():
+            if self.undoable:
+                self._packing[attribute] = self.module.__dict__.get(attribute, _ABSENT)
             setattr(self.module, attribute, value)
+
+    def undo(self) -> None:
+        """Put back what `commit` has replaced, however far it came; it must have been `undoable`."""
+        for own, value in self._replaced.items():
+            getattr(self.module, own).data.copy_(value)
+        for attribute, value in self._packing.items():
+            if value is _ABSENT:
+                self.module.__dict__.pop(attribute, None)
+            else:
+                self.module.__dict__[attribute] = value
 
     def proof(self) -> dict[str, Proof]:
         """How each parameter of this slot was proven; raises when one is not what was staged."""

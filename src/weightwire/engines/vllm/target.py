@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
+import msgspec
 import psutil
 import torch
 
@@ -18,7 +19,8 @@ from weightwire.engines.vllm import copy_plan, layout, skeleton
 from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
-from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError
+from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
+from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError, VersionError
 from weightwire.receiver import AdapterStaging, DeltaStaging, Staging
 from weightwire.revisions import Revision
 from weightwire.updates.digest import Scan, all_finite
@@ -44,6 +46,7 @@ class VllmTarget:
         # the one before gave back, where a new thread would have it from the system, page by page.
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
         self._tables: Any = None
+        self._host: HostCopy | None = None
         self.adapters = AdapterStore(worker)
 
     def enter_thread(self) -> None:
@@ -66,7 +69,7 @@ class VllmTarget:
             twin = skeleton.build(self._worker.vllm_config)
             self._slots = layout.find_slots(self._worker.get_model(), twin)
             self._twin = twin
-        key = (manifest.tensors, manifest.aliases, manifest.partial)
+        key = _plan_key(manifest)
         if self._plan is None or self._plan[0] != key:
             self._plan = (key, copy_plan.record(self._twin, manifest))
         if self._worker.device.type != "cpu":
@@ -74,7 +77,14 @@ class VllmTarget:
         if manifest.staging != "copy":
             raise UnsupportedError(f"staging={manifest.staging!r} is for engines on a GPU")
         slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
-        return _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
+        staged = _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
+        if self._host is not None:
+            self._host.whole = False  # until the next commit that is kept
+        if not manifest.keep:
+            return staged
+        if self._host is None or self._host.specs != manifest.tensors:
+            self._host = HostCopy(manifest.tensors)
+        return Keeping(staged, self._host)
 
     def _on_device(self, manifest: Manifest, plan: Plan) -> Staging:
         from weightwire.engines.vllm.device import DeviceStaging, Tables  # needs Triton
@@ -89,7 +99,19 @@ class VllmTarget:
         return DeviceStaging(manifest, plan, places, self._worker.device, self._tables)
 
     def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
-        raise UnsupportedError("vLLM takes no deltas yet", next_step="Publish with kind='dense' or 'auto'.")
+        self._refuse_unsupported()
+        if self._worker.device.type != "cpu":
+            raise UnsupportedError("an engine on a GPU takes no deltas yet", next_step="Publish with kind='dense'.")
+        host, plan, twin = self._host, self._plan, self._twin
+        kept = host is not None and host.whole and host.specs == manifest.tensors
+        if not kept or host is None or twin is None or plan is None or plan[0] != _plan_key(manifest):
+            raise VersionError(
+                "this worker has no copy of the weights that a delta could start from",
+                next_step="Publish everything first, from a Publisher with a baseline.",
+            )
+        dense = msgspec.structs.replace(manifest, kind="dense", base_version=None, encoded=())
+        slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
+        return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer), slots, host)
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         self._refuse_replicas()
@@ -134,6 +156,10 @@ class VllmTarget:
                 "on a CPU, compiled code keeps the kernels' old weights",
                 next_step="Start the engine with --enforce-eager.",
             )
+
+
+def _plan_key(manifest: Manifest) -> object:
+    return manifest.tensors, manifest.aliases, manifest.partial
 
 
 class _Staged:

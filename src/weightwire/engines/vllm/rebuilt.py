@@ -1,0 +1,133 @@
+"""Deltas where live weights cannot be patched, as on a CPU, where kernels keep packings of them.
+
+Each rank keeps a copy of the checkpoint's tensors as they were last sent. A delta is decoded against that copy, and the
+result goes the way of a dense update: only what travels is small. A commit that fails is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weightwire.engines.vllm.layout import Slot
+from weightwire.errors import NonFinite, VerificationError
+from weightwire.receiver import Staging
+from weightwire.updates.boxes import Box
+from weightwire.updates.delta import Delta, Patch, decode, parse
+from weightwire.updates.digest import Digest, Scan
+from weightwire.updates.manifest import Manifest, TensorSpec
+
+__all__ = ["HostCopy", "Keeping", "Rebuilt"]
+
+_PATCH = 12  # decoded, a change takes some ten times its encoded bytes
+
+
+class HostCopy:
+    """The tensors of a checkpoint, 1-D, on the host. `whole` while they are what was committed last."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.tensors = [torch.empty(spec.numel, dtype=getattr(torch, spec.dtype)) for spec in specs]
+        self.whole = False
+
+
+class Keeping:
+    """A dense update's staged copy that is also copied into `host`, for deltas to come."""
+
+    def __init__(self, inner: Staging, host: HostCopy) -> None:
+        self._inner = inner
+        self._host = host
+        self.nbytes = inner.nbytes + sum(tensor.nbytes for tensor in host.tensors)
+        self.check, self.seal, self.proof, self.discard = inner.check, inner.seal, inner.proof, inner.discard
+
+    @property
+    def takes(self) -> Sequence[Sequence[Box]] | None:
+        return self._inner.takes
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._host.tensors[tensor][start : start + data.numel()].copy_(data)
+        self._inner.write(tensor, start, data)
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def commit(self) -> None:
+        self._inner.commit()
+        self._host.whole = True
+
+
+class Rebuilt:
+    """`receiver.DeltaStaging`: a delta, and from `seal` on the dense update in `inner` that it amounts to.
+
+    `slots` are those of `inner`, which keep what they replace.
+    """
+
+    def __init__(self, manifest: Manifest, inner: Staging, slots: Sequence[Slot], host: HostCopy) -> None:
+        self._manifest = manifest
+        self._inner = inner
+        self._slots = list(slots)
+        self._host = host
+        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
+        self._patches: list[Patch] = []
+        self.after: Sequence[Digest] = ()
+        self.nbytes = inner.nbytes + _PATCH * sum(manifest.encoded)
+        self.proof = inner.proof
+        for slot in self._slots:
+            slot.undoable = True
+
+    @property
+    def takes(self) -> Sequence[Sequence[Box]] | None:
+        return self._inner.takes
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._bytes[tensor][start : start + data.numel()].copy_(data)
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def seal(self, scans: Sequence[Scan]) -> None:
+        for number, (spec, data) in enumerate(zip(self._manifest.tensors, self._bytes, strict=True)):
+            delta = self._parse(spec, data)
+            base = self._host.tensors[number]
+            patch = decode(spec.name, delta, base)
+            if patch.nonfinite and self._manifest.finite:
+                raise NonFinite(
+                    f"NaN or Inf in {spec.name} ({patch.nonfinite} of what changes)",
+                    next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+                )
+            new = base.clone()
+            patch.apply(new)
+            self._inner.write(number, 0, new)
+            self._patches.append(patch)
+            self.after = [*self.after, delta.after]
+        self._bytes.clear()
+        self._inner.seal(scans)
+
+    def _parse(self, spec: TensorSpec, data: torch.Tensor) -> Delta:
+        delta = parse(spec.name, data)
+        if delta.start:
+            raise VerificationError(f"{spec.name!r}: its delta is of the elements from {delta.start} on, not of all")
+        return delta
+
+    def check(self, seconds: float) -> bool:
+        return self._inner.check(seconds)
+
+    def commit(self) -> None:
+        self._inner.commit()
+        for base, patch in zip(self._host.tensors, self._patches, strict=True):
+            patch.apply(base)
+
+    def undo(self) -> None:
+        self._host.whole = False
+        for slot in self._slots:
+            slot.undo()
+        for base, patch in zip(self._host.tensors, self._patches, strict=True):
+            patch.undo(base)
+        self._host.whole = True
+
+    def discard(self) -> None:
+        self._bytes.clear()
+        self._patches.clear()
+        self._slots.clear()
+        self._inner.discard()
