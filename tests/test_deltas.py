@@ -195,6 +195,20 @@ def test_live_weights_that_are_not_the_base_are_refused_by_name_and_healed(engin
         assert same(engine.model, weights)
 
 
+def test_a_poisoned_engine_gets_everything_and_is_healed(engine_of: Any) -> None:
+    engine = engine_of()
+    weights = first(engine)
+    with ww.Publisher(weights, engine, baseline="host") as publisher:
+        publisher.publish(1)
+        engine.receiver.poison("the bus is on fire")
+        moved(weights, 0.01, 2)
+        with pytest.raises(ww.PoisonedError, match="a delta cannot heal it"):
+            publisher.publish(2, kind="delta")
+        receipt = publisher.publish(2)
+        assert (receipt.kind, engine.status().state) == ("dense", "idle")
+        assert same(engine.model, weights)
+
+
 def test_one_engine_of_two_without_the_base_makes_it_dense_for_both(engine_of: Any) -> None:
     pair = [engine_of(name="a"), engine_of(name="b")]
     weights = first(pair[0])

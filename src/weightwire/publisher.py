@@ -28,6 +28,7 @@ from weightwire.engines.find import find
 from weightwire.errors import (
     DeadlineError,
     EngineError,
+    PoisonedError,
     PublishError,
     SourceError,
     UnsupportedError,
@@ -172,7 +173,7 @@ class Publisher:
         try:
             with contextlib.closing(_Run(self, end, kind)) as run:
                 return run.publish(version, *how)
-        except (VersionError, UnsupportedError) as error:
+        except (VersionError, UnsupportedError, PoisonedError) as error:
             if kind != "auto" or run.deltas is None or run.committing:
                 raise
             refused = f"the delta was refused: {error}"
