@@ -18,6 +18,8 @@ from support.server import serve
 from weightwire.baseline import Baseline
 from weightwire.engines.control import Control
 from weightwire.engines.staged_delta import StagedDelta
+from weightwire.engines.vllm.layout import Slot
+from weightwire.engines.vllm.rebuilt import HostCopy, Rebuilt
 from weightwire.errors import ManifestError
 from weightwire.receiver import Arrivals, Receiver
 from weightwire.sources.base import spec_of
@@ -460,6 +462,64 @@ def test_a_failed_commit_is_undone_in_a_model_and_the_next_delta_fits(
         engine.model(torch.zeros(1, 64, dtype=torch.bfloat16))
         assert publisher.publish(2).kind == "delta"
         assert same(engine.model, weights)
+
+
+class Packing:
+    """What `Rebuilt` needs of a vLLM rank's dense update: modules whose parameters are handed over at commit."""
+
+    nbytes = 0
+    takes = None
+
+    def __init__(self, slots: list[Slot], breaks: int) -> None:
+        self._slots = slots
+        self._breaks = breaks
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._new = data.clone().reshape(4, 3)
+
+    def seal(self, scans: object) -> None:
+        for slot in self._slots:
+            slot.prepare({"w": self._new}, finite=True)
+
+    def commit(self) -> None:
+        for number, slot in enumerate(self._slots):
+            if number == self._breaks:
+                raise RuntimeError("it broke")
+            slot.commit()
+
+    def proof(self) -> dict[str, str]:
+        return {"w": "read back"}
+
+    def discard(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("breaks", [0, 1, 2])
+def test_a_weight_that_modules_share_is_the_old_one_again_when_undone(breaks: int) -> None:
+    embed, head = torch.nn.Embedding(4, 3), torch.nn.Linear(3, 4, bias=False)
+    head.weight = embed.weight
+    old = embed.weight.detach().clone()
+    slots = [Slot(module, {"weight": "w"}) for module in (embed, head)]
+    host = HostCopy([spec_of("w", old)])
+    host.tensors[0].copy_(old.reshape(-1))
+    host.whole = True
+    delta = encode("w", old, old + 1)
+    manifest = manifest_of(delta.nbytes, tensors=host.specs)
+    rebuilt = Rebuilt(manifest, Packing(slots, breaks), slots, host)
+    rebuilt.write(0, 0, delta.data)
+    rebuilt.seal([])
+    if breaks < 2:
+        with pytest.raises(RuntimeError):
+            rebuilt.commit()
+    else:
+        rebuilt.commit()
+        assert torch.equal(embed.weight, old + 1)
+        assert torch.equal(host.tensors[0], (old + 1).reshape(-1))
+    rebuilt.undo()
+    assert torch.equal(embed.weight, old)
+    assert head.weight is embed.weight
+    assert torch.equal(host.tensors[0], old.reshape(-1))
+    assert host.whole
 
 
 # -- manifests -----------------------------------------------------------------------------------------------------

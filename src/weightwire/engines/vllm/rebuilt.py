@@ -120,7 +120,8 @@ class Rebuilt:
 
     def undo(self) -> None:
         self._host.whole = False
-        for slot in self._slots:
+        # Last first: a tensor that several modules share is replaced by each, and only the first found the old one.
+        for slot in reversed(self._slots):
             slot.undo()
         for base, patch in zip(self._host.tensors, self._patches, strict=True):
             patch.undo(base)
