@@ -108,7 +108,7 @@ def test_the_way_to_an_engine_is_shown(run: Any, served: Any, shm_root: Any) -> 
     done = run("doctor", here.url, *TOKEN)
     assert done.code == 0
     *_, name, ipc, nccl, shm, gloo, http = done.out.splitlines()
-    assert "not on an Nvidia GPU" in ipc and "not on an Nvidia GPU" in nccl
+    assert all("not on an Nvidia GPU" in line for line in (ipc, nccl))
     assert name == here.url
     assert [line.split() for line in (shm, gloo, http)] == [
         ["shm", "would", "be", "used"],

@@ -64,6 +64,11 @@ class Choice:
     name: str
     reasons: Mapping[str, str | None] = field(default_factory=dict)
 
+    @property
+    def usable(self) -> list[str]:
+        """Every transport that works here, the preferred one first."""
+        return [name for name, reason in self.reasons.items() if reason is None]
+
 
 def make(weights: Weights) -> dict[str, Transport | Lender]:
     """One of each, for a publisher to own."""
