@@ -180,6 +180,26 @@ class Publisher:
         with contextlib.closing(_Run(self, end, "dense", refused)) as run:
             return run.publish(version, *how)
 
+    def start_from(self, base: Any, version: int) -> None:
+        """Take what `base` holds, a source or what `Publisher` takes as one, for what was published last, as `version`:
+        the next publish can be a delta from it. For trainers that were restarted, and for checkpoints. Whether engines
+        hold the same is found out by them; they refuse a delta from anything else. Needs `baseline="host"`."""
+        if self._baseline is None:
+            raise UsageError("no baseline is kept", next_step="Make the Publisher with baseline='host'.")
+        source = sources.find(base, timeout=self._deadline)
+        if source.ranks is not None:
+            raise UsageError("a base that is spread over ranks", next_step="Pass whole tensors or a checkpoint.")
+        specs = tuple(source.metadata())
+        order = _order(specs)
+        self._baseline.start(tuple(specs[n] for n in order))
+        scans = []
+        for place, number in enumerate(order):
+            whole = torch.empty(specs[number].numel, dtype=getattr(torch, specs[number].dtype))
+            scans += settle([source.read(number, 0, whole)])
+            self._baseline.write(place, 0, whole)
+        source.release()
+        self._baseline.finish(_as_version(version), scans)
+
     def explain(self, *, timeout: float = 30.0) -> Explanation:
         """What a publish would send, and by which transport to each engine; for each other transport, why not.
         Like `publish`, all ranks of a source that is spread over several call it together."""
@@ -221,6 +241,12 @@ class Publisher:
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="resolve") from None
         return self._choices[engine.name]
+
+
+def _order(specs: Sequence[TensorSpec]) -> list[int]:
+    # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it does
+    # for the last one is waited for.
+    return sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= transports.BUCKET_BYTES)
 
 
 class _Weights:
@@ -291,9 +317,7 @@ class _Run:
         specs = tuple(self._everywhere(self._source.metadata))
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
-        # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it
-        # does for the last one is waited for.
-        self._order = sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= transports.BUCKET_BYTES)
+        self._order = _order(specs)
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import weightwire as ww
 from support import same, snapshot
@@ -49,6 +50,23 @@ def test_without_a_version_it_is_one_more_than_any_engine_serves(run: Any, serve
     assert run("push", checkpoint(2), "--to", two.url, *TOKEN, "--version", 41).code == 0
     assert run("push", checkpoint(3), *both).json["version"] == 42
     assert one.engine.status().version == two.engine.status().version == 42
+
+
+def test_with_a_base_only_what_changed_is_sent(run: Any, served: Any, checkpoint: Any, tmp_path: Path) -> None:
+    here, old, new = served(), checkpoint(1), tmp_path / "new"
+    shutil.copytree(old, new)
+    weights = weights_in(old)
+    next(iter(weights.values())).view(-1)[3] += 1
+    save_file(weights, new / "model.safetensors")
+    to = ("--to", here.url, *TOKEN, "--json")
+    assert run("push", old, "--base", old, *to).json["kind"] == "dense"  # nothing is served that it could start from
+    done = run("push", new, "--base", old, *to)
+    assert (done.json["kind"], done.json["version"]) == ("delta", 1)
+    assert same(here.model, weights)
+    # A base that the engine does not hold: it says so, and gets everything.
+    done = run("push", old, "--base", old, *to)
+    assert (done.code, done.json["kind"]) == (0, "dense")
+    assert same(here.model, weights_in(old))
 
 
 @pytest.mark.parametrize("how", ["--token", "--token-file", "WEIGHTWIRE_TOKEN", "WEIGHTWIRE_TOKEN_FILE"])

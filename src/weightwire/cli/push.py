@@ -37,6 +37,12 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--as", dest="adapter", metavar="NAME", help="the model that an adapter is served as (default: policy)"
     )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="what the engines serve, pushed with --base as well: send only what changed since, if they agree",
+    )
     parser.add_argument("--to", action="append", required=True, metavar="URL", help="an engine; may be given again")
     parser.add_argument("--version", type=int, metavar="N", help="default: one more than any of the engines has")
     add_access(parser)
@@ -59,8 +65,16 @@ def run(args: argparse.Namespace) -> int:
     with engines_at(args.to, args) as engines, _progress() as advance:
         source = _Counted(sources.find(args.checkpoint, timeout=args.deadline), advance)
         with Publisher(
-            source, engines, adapter=args.adapter, transport=args.transport, deadline=args.deadline
+            source,
+            engines,
+            adapter=args.adapter,
+            transport=args.transport,
+            baseline="host" if args.base else None,
+            deadline=args.deadline,
         ) as publisher:
+            served = _served(engines) if args.base else set()
+            if len(served) == 1 and (version := served.pop()) is not None:
+                publisher.start_from(args.base, version)
             try:
                 receipt = publisher.publish(
                     _next_version(engines, publisher.adapter) if args.version is None else args.version,
@@ -82,8 +96,11 @@ def run(args: argparse.Namespace) -> int:
 def _next_version(engines: Engines, adapter: str | None) -> int:
     if adapter is not None:
         return engines.adapters.next_version(adapter)
-    served = (status.version for status in engines.status().values())
-    return 1 + max(-1 if version is None else version for version in served)
+    return 1 + max(-1 if version is None else version for version in _served(engines))
+
+
+def _served(engines: Engines) -> set[int | None]:
+    return {status.version for status in engines.status().values()}
 
 
 def _plain(outcome: Any) -> Any:
@@ -98,7 +115,9 @@ def _print(receipt: Receipt) -> None:
         proofs = ", ".join(sorted(set(engine.proven.values())))
         rows.append([name, engine.transport, str(engine.parameters), proofs, f"{engine.pause * 1e3:.0f} ms"])
     print(receipt)
-    what = "parameters" if receipt.kind == "dense" else "modules"
+    if receipt.why:
+        print(f"{receipt.kind}: {receipt.why}")
+    what = "modules" if receipt.kind == "adapter" else "parameters"
     print_table(["engine", "transport", what, "proven", "paused"], rows)
 
 
