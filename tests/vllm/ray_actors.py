@@ -34,6 +34,7 @@ import weightwire as ww
 from weightwire.sources.tensors import ModuleSource
 
 PROMPT = [10, 20, 30, 40]
+MARK = uuid.uuid4().hex
 SETTINGS: dict[str, Any] = {
     "dtype": "float32",
     "enforce_eager": True,
@@ -113,7 +114,7 @@ def get(reference: Any, seconds: float = 120.0) -> Any:
     return ray.get(reference, timeout=seconds)
 
 
-def main(folder: Path, results: dict[str, Any]) -> None:
+def main(folder: Path, results: dict[str, Any], of_the_killed: set[Path]) -> None:
     first, second, third = (models.new_model("qwen3", tied=True, seed=seed) for seed in (1, 2, 3))
     path = str(models.save(first, folder / "first"))
     whole = ray.remote(Whole).options(name="whole").remote(path, **SETTINGS)
@@ -165,6 +166,7 @@ def main(folder: Path, results: dict[str, Any]) -> None:
         publisher.publish(4)
     compare("healed", first)
 
+    of_the_killed |= mapped()
     began = time.monotonic()
     with ww.Publisher(Killing(second, streaming), engines, bucket_bytes=65536, deadline=60) as publisher:
         try:
@@ -174,6 +176,7 @@ def main(folder: Path, results: dict[str, Any]) -> None:
     results["survivor"] = engines[0].status().version
     del actors["streaming"]
     compare("survivor", first)
+    get(whole.__ray_call__.remote(lambda llm: llm.llm_engine.engine_core.shutdown()))
     nothing = ray.remote(Nothing).remote()
     for name, actor in (("dead", streaming), ("empty", nothing)):
         try:
@@ -191,41 +194,56 @@ def greedy(model: Any, tokens: int) -> list[int]:
     return ids[0, len(PROMPT) :].tolist()
 
 
-def left_over(mark: str, seconds: float = 30.0) -> list[str]:
-    """Processes that came of this one, and shared memory of ours or of Ray's, once they had time to go."""
+def left_over(before: set[str], seconds: float = 30.0) -> list[str]:
+    """Processes that came of this one, and shared memory of theirs, once they had time to go."""
     deadline = time.monotonic() + seconds
     while True:
-        found = [
-            str(process) for process in psutil.process_iter() if process.pid != os.getpid() and _has(process, mark)
-        ]
-        found += [path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("weightwire", "plasma"))]
+        found = [str(process) for process in offspring()] + sorted(shared() - before)
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
 
 
-def _has(process: psutil.Process, mark: str) -> bool:
+def offspring() -> list[psutil.Process]:
+    """By what they have inherited, since some change their parent."""
+    return [process for process in psutil.process_iter() if process.pid != os.getpid() and _has_mark(process)]
+
+
+def _has_mark(process: psutil.Process) -> bool:
     try:
-        return process.pid != os.getpid() and process.environ().get("RAY_ACTORS_TEST") == mark
+        return process.environ().get("RAY_ACTORS_TEST") == MARK
     except psutil.Error:
         return False
 
 
+def shared() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("weightwire", "plasma"))}
+
+
+def mapped() -> set[Path]:
+    """Shared memory in use by what came of this process."""
+    lines = [line for each in offspring() for line in Path(f"/proc/{each.pid}/maps").read_text().splitlines()]
+    return {Path(line.split(maxsplit=5)[5]) for line in lines if " /dev/shm/" in line}
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    mark = uuid.uuid4().hex
+    before = shared()
     # Neither a token in the home folder nor a report to its makers, and engines as fast as anybody else.
     os.environ |= {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
-    os.environ["RAY_ACTORS_TEST"] = mark
+    os.environ["RAY_ACTORS_TEST"] = MARK
     results: dict[str, Any] = {}
+    of_the_killed: set[Path] = set()
     # Ray's sockets need a short path.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as temporary:
         ray.init(
             num_cpus=2, object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False, _temp_dir=temporary
         )
         try:
-            main(Path(sys.argv[1]), results)
+            main(Path(sys.argv[1]), results, of_the_killed)
         finally:
             ray.shutdown()
-        results["left over"] = left_over(mark)
+        results["left over"] = left_over(before)
+        for path in of_the_killed:
+            path.unlink(missing_ok=True)  # vLLM's queues: an engine that is killed does not remove them
     print("\n" + json.dumps(results))
