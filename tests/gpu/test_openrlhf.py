@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SCRIPTS = Path(__file__).parent.parent / "vllm"
 SECONDS = 500
