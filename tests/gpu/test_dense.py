@@ -18,7 +18,6 @@ import torch
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SCRIPTS = Path(__file__).parent.parent / "vllm"
-HERE = Path(__file__).parent
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 # family, tied embeddings, dtype, tensor parallel, LoRA enabled, a partial update as well, transport, CUDA graphs
 CASES = [
@@ -51,7 +50,7 @@ def test_an_updated_engine_equals_a_fresh_one(
 
 
 def test_a_hundred_updates_leave_memory_as_it_was(tmp_path: Path) -> None:
-    results = run(HERE / "hundred.py", tmp_path)
+    results = run(SCRIPTS / "hundred.py", tmp_path)
     for transport in ("cuda-ipc", "shm"):
         first, last = results[transport]
         assert abs(first - last) <= 64 << 20, (transport, first, last)
@@ -59,7 +58,7 @@ def test_a_hundred_updates_leave_memory_as_it_was(tmp_path: Path) -> None:
 
 @two_gpus
 def test_a_trainer_that_dies_while_it_sends(tmp_path: Path) -> None:
-    results = run(HERE / "killed.py", tmp_path)
+    results = run(SCRIPTS / "killed.py", tmp_path)
     assert results["killed"]["state"] == "idle"
     assert results["killed"]["version"] == 1
     assert results["killed"]["same tokens"]
