@@ -82,9 +82,9 @@ class LocalSource:
 
     @property
     def device(self) -> torch.device:
-        return next((tensor.device for tensor in self.named().values()), torch.device("cpu"))
+        return next((tensor.device for tensor in self.whole()), torch.device("cpu"))
 
-    def whole(self) -> Sequence[torch.Tensor] | None:
+    def whole(self) -> Sequence[torch.Tensor]:
         return self._tensors or list(self.named().values())
 
     def release(self) -> None:
