@@ -35,8 +35,10 @@ lint: $(VENV)/.light
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Engines need both cores of a small machine; all else shares them.
 test: $(VENV)/.full lint
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore=tests/vllm -n auto --dist loadfile
+	$(BIN)/pytest tests/vllm
 
 test-fast: $(VENV)/.light lint
 	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto --dist loadfile
