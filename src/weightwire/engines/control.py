@@ -121,9 +121,7 @@ class Control:
             refuse_left_over(manifest, ranks)
             if manifest.staging == "none":
                 await self._in_time(self.host.pause("keep", False), deadline - time.monotonic(), "begin")
-                task = asyncio.ensure_future(self._watch_stopped(id))
-                _unwaited.add(task)
-                task.add_done_callback(_unwaited.discard)
+                _leave(asyncio.ensure_future(self._watch_stopped(id)))
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
@@ -280,8 +278,7 @@ class Control:
         task = asyncio.ensure_future(self._clean_up("abort", id=id, reason=reason))
         if isinstance(error, DeadlineError):
             # The trainer's time is over; workers that did not answer it are not waited for again.
-            _unwaited.add(task)
-            task.add_done_callback(_unwaited.discard)
+            _leave(task)
         else:
             await task
 
@@ -347,6 +344,12 @@ class Control:
                 phase=phase,
                 next_step="The engine is stuck or its workers are gone; look at its log.",
             ) from error
+
+
+def _leave(task: asyncio.Future[None]) -> None:
+    """To itself: nobody waits for it, but something must refer to it until it is done."""
+    _unwaited.add(task)
+    task.add_done_callback(_unwaited.discard)
 
 
 def refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:

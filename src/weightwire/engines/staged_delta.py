@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
@@ -12,12 +12,44 @@ from weightwire.updates.digest import Digest, Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["StagedDelta"]
+__all__ = ["ArrivingDelta", "StagedDelta", "refuse_split_ties"]
 
 _PATCH = 12  # decoded, a change takes some ten times its encoded bytes
 
 
-class StagedDelta:
+class ArrivingDelta:
+    """A delta's encoded bytes as they come in, a tensor at a time. `nbytes` is what they take decoded."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._specs = manifest.tensors
+        self._finite = manifest.finite
+        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
+        self.nbytes = _PATCH * sum(manifest.encoded)
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._bytes[tensor][start : start + data.numel()].copy_(data)
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self.write(tensor, 0, data.reshape(-1))
+
+    def _parse(self, tensor: int) -> Delta:
+        name = self._specs[tensor].name
+        delta = parse(name, self._bytes[tensor])
+        if delta.start:
+            raise VerificationError(f"{name!r}: its delta is of the elements from {delta.start} on, not of all")
+        return delta
+
+    def _decode(self, name: str, delta: Delta, base: torch.Tensor) -> Patch:
+        patch = decode(name, delta, base)
+        if patch.nonfinite and self._finite:
+            raise NonFinite(
+                f"NaN or Inf in {name} ({patch.nonfinite} of what changes)",
+                next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+            )
+        return patch
+
+
+class StagedDelta(ArrivingDelta):
     """`receiver.DeltaStaging`. `places`: for each tensor of the manifest, the live tensors that hold it, by name.
 
     All is decoded and its result verified in `seal`, from live weights that are only read there.
@@ -34,47 +66,21 @@ class StagedDelta:
                         f" contiguous {spec.dtype} on the CPU",
                         next_step="Publish with kind='dense'.",
                     )
+        super().__init__(manifest)
         self._places = places
-        self._names = [spec.name for spec in manifest.tensors]
-        self._finite = manifest.finite
-        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
-        self._deltas: list[Delta] = []
         self._patches: list[tuple[str, torch.Tensor, Patch, Delta]] = []
         self.after: Sequence[Digest] = ()
-        self.nbytes = _PATCH * sum(manifest.encoded)
-
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        self._bytes[tensor][start : start + data.numel()].copy_(data)
-
-    def lend(self, tensor: int, data: torch.Tensor) -> None:
-        self.write(tensor, 0, data.reshape(-1))
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        for name, data, taking in zip(self._names, self._bytes, self._places, strict=True):
-            delta = parse(name, data)
-            if delta.start:
-                raise VerificationError(f"{name!r}: its delta is of the elements from {delta.start} on, not of all")
+        for number, taking in enumerate(self._places):
+            delta = self._parse(number)
             for own, live in taking.items():
-                patch = decode(own, delta, live)
-                if patch.nonfinite and self._finite:
-                    raise NonFinite(
-                        f"NaN or Inf in {own} ({patch.nonfinite} of what changes)",
-                        next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
-                    )
-                self._patches.append((own, live, patch, delta))
+                self._patches.append((own, live, self._decode(own, delta, live), delta))
             self.after = [*self.after, delta.after]
         self._bytes.clear()
-        self._check_ties()
-
-    def _check_ties(self) -> None:
-        first: dict[int, tuple[str, Digest]] = {}
-        for name, live, _, delta in self._patches:
-            other, after = first.setdefault(live.data_ptr(), (name, delta.after))
-            if live.numel() and after != delta.after:
-                raise VerificationError(
-                    f"{other} and {name} are one tensor here, and two different ones were sent",
-                    next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
-                )
+        refuse_split_ties(
+            (live.data_ptr(), name, delta.after) for name, live, _, delta in self._patches if live.numel()
+        )
 
     def check(self, seconds: float) -> bool:
         return True
@@ -97,6 +103,18 @@ class StagedDelta:
     def discard(self) -> None:
         self._bytes.clear()
         self._patches.clear()
+
+
+def refuse_split_ties(held: Iterable[tuple[object, str, object]]) -> None:
+    """Of live tensors, where each is, its name, and what it is to hold: raise if one is to hold two things."""
+    first: dict[object, tuple[str, object]] = {}
+    for place, name, content in held:
+        other, expected = first.setdefault(place, (name, content))
+        if content != expected:
+            raise VerificationError(
+                f"{other} and {name} are one tensor here, and two different ones were sent",
+                next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
+            )
 
 
 def _expect(name: str, live: torch.Tensor, digest: Digest) -> None:

@@ -18,7 +18,7 @@ import torch
 from weightwire import transports
 from weightwire.engines.base import Pause
 from weightwire.engines.local import LocalEngine, in_thread
-from weightwire.engines.staged_delta import StagedDelta
+from weightwire.engines.staged_delta import StagedDelta, refuse_split_ties
 from weightwire.engines.transformers_adapters import ModuleAdapters
 from weightwire.errors import (
     AdapterNotFound,
@@ -124,14 +124,7 @@ class _Staged:
                 f"{', '.join(bad[:5])} overflowed in the cast to the engine's dtype",
                 next_step="Nothing was changed. Publish in that dtype, or with finite=False.",
             )
-        first: dict[tuple[object, ...], str] = {}
-        for name in self._staged:
-            other = first.setdefault(_place(self._live[name]), name)
-            if self._scans[name] != self._scans[other]:
-                raise VerificationError(
-                    f"{other} and {name} are one tensor here, and two different ones were sent",
-                    next_step="Nothing was changed. Tie them in the trainer, or untie them in the engine.",
-                )
+        refuse_split_ties((_place(self._live[name]), name, scanned) for name, scanned in self._scans.items())
 
     def check(self, seconds: float) -> bool:
         return True

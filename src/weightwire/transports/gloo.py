@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
@@ -42,7 +42,7 @@ class Gloo:
     bucket_bytes = BUCKET_BYTES
 
     def __init__(self) -> None:
-        self._meeting = Meeting()
+        self._meeting = Meeting(self.name)
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:
@@ -55,28 +55,18 @@ class Gloo:
         return None
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
-        if self._meeting.store is None:
-            raise TransportError("gloo was never offered")
-        return _Sender(
-            self._meeting.store, self._meeting.host, links, max((b.nbytes for b in buckets), default=0), wait, lease
-        )
+        return _Sender(self._meeting, links, max((b.nbytes for b in buckets), default=0), wait, lease)
 
     def close(self) -> None:
         self._meeting.close()
 
 
 class _Sender:
-    def __init__(
-        self, store: TCPStore, host: str, links: Sequence[Link], nbytes: int, wait: Wait, lease: float
-    ) -> None:
+    def __init__(self, meeting: Meeting, links: Sequence[Link], nbytes: int, wait: Wait, lease: float) -> None:
         self._key = secrets.token_hex(16)
-        self._store, self._host, self._nbytes, self._wait, self._lease = store, host, nbytes, wait, lease
-        self._world = 1 + sum(link.ranks for link in links)
-        self.addresses: list[str | None] = []
-        first = 1
-        for link in links:
-            self.addresses.append(f"gloo:{host}:{store.port}/{self._key}/{first}/{self._world}")
-            first += link.ranks
+        self._store, self._host = meeting.store, meeting.host
+        self._nbytes, self._wait, self._lease = nbytes, wait, lease
+        self.addresses, self._world = meeting.places(self._key, links)
         self._group: Any = None
         self._buffers: list[torch.Tensor] = []
         self._sent: list[Any] = []

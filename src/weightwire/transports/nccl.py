@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store
 
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
@@ -63,7 +63,7 @@ class Nccl:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
-        self._meeting = Meeting()
+        self._meeting = Meeting(self.name)
         self._group: _Group | None = None
         self._device = torch.device("cuda")
 
@@ -82,8 +82,6 @@ class Nccl:
         return None
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
-        if self._meeting.store is None:
-            raise TransportError("nccl was never offered")
         # The order of the links is that of the ranks, so the same engines in the same order are the same group.
         members = [(link.engine, link.ranks) for link in links]
         if self._group is not None and self._group.members != members:
@@ -112,15 +110,10 @@ class _Sender:
         lease: float,
     ) -> None:
         self._owner, self._members, self._nbytes, self._wait, self._lease = owner, members, nbytes, wait, lease
-        self._store: TCPStore = meeting.store  # type: ignore[assignment]
+        self._store = meeting.store
         self._key = owner._group.key if owner._group else secrets.token_hex(16)
-        self._world = 1 + sum(link.ranks for link in links)
-        self.addresses: list[str | None] = []
-        first = 1
-        for link in links:
-            address = f"nccl:{meeting.host}:{self._store.port}/{self._key}/{first}/{self._world}"
-            self.addresses.append(address + _KEPT if owner._group else address)
-            first += link.ranks
+        addresses, self._world = meeting.places(self._key, links)
+        self.addresses = [address + _KEPT if owner._group else address for address in addresses]
         self._buffers: list[torch.Tensor] = []
         self._sent: list[Any] = []
         self._finished = False

@@ -6,9 +6,11 @@ as they are. The traffic is neither encrypted nor authenticated: between hosts t
 
 from __future__ import annotations
 
+import itertools
 import socket
 import threading
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
+from weightwire.transports.base import Link
 
 __all__ = [
     "FROM_TRAINER",
@@ -37,19 +40,20 @@ _MAX_WORLD = 1 << 16
 class Meeting:
     """The trainer's end: a store that listens once somebody wants it."""
 
-    def __init__(self) -> None:
-        self.store: TCPStore | None = None
+    def __init__(self, scheme: str) -> None:
+        self._scheme = scheme
+        self._store: TCPStore | None = None
         self.host = ""
         self._lock = threading.Lock()
 
     def open(self, peer: str) -> str:
         """`HOST:PORT`, where the store listens; HOST is this machine as seen from `peer`."""
         with self._lock:
-            if self.store is None:
+            if self._store is None:
                 self.host = own_address(peer)
                 # On the one address that engines are told, not on every interface of the machine.
                 listener = socket.create_server((self.host, 0), family=_family(self.host))
-                self.store = TCPStore(
+                self._store = TCPStore(
                     self.host,
                     listener.getsockname()[1],
                     is_master=True,
@@ -58,10 +62,23 @@ class Meeting:
                     master_listen_fd=listener.detach(),
                     use_libuv=True,
                 )
-            return f"{self.host}:{self.store.port}"
+            return f"{self.host}:{self._store.port}"
+
+    @property
+    def store(self) -> TCPStore:
+        if self._store is None:
+            raise TransportError(f"{self._scheme} was never offered")
+        return self._store
+
+    def places(self, key: str, links: Sequence[Link]) -> tuple[list[str], int]:
+        """The address of each engine in a new group, for `Place.parse`, and the group's size; the trainer is rank 0."""
+        world = 1 + sum(link.ranks for link in links)
+        firsts = itertools.accumulate((link.ranks for link in links), initial=1)
+        where = f"{self._scheme}:{self.host}:{self.store.port}/{key}"
+        return [f"{where}/{first}/{world}" for first, _ in zip(firsts, links, strict=False)], world
 
     def close(self) -> None:
-        self.store = None
+        self._store = None
 
 
 class Place(NamedTuple):

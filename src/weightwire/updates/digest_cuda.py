@@ -16,7 +16,7 @@ import triton.language as tl
 
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
-from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, tiles
+from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, tiles
 
 __all__ = ["Line", "Table", "line_of", "lines_of", "scan_again", "scan_lines", "table"]
 
@@ -88,11 +88,9 @@ def table(lines: Sequence[Line], device: torch.device) -> Table:
     # Words of the full tensor where memory has them whole and aligned, else halves or bytes of them.
     bits = fields[:, 0] | fields[:, 2] | fields[:, 3] | fields[:, 4] | fields[:, 5]
     parts = []
-    for least, (unit, vectors) in _KINDS.items():
-        mine = bits % least == 0
-        if mine.any():
-            parts.append((unit, vectors, *_part(fields[mine], numbers[mine], unit, device)))
-        fields, numbers, bits = fields[~mine], numbers[~mine], bits[~mine]
+    for least, mine in by_alignment(bits, _KINDS):
+        unit, vectors = _KINDS[least]
+        parts.append((unit, vectors, *_part(fields[mine], numbers[mine], unit, device)))
     return Table(parts, len(lines), device)
 
 
@@ -128,14 +126,7 @@ def _cut(line: Line) -> Iterator[Line]:
 
 def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[torch.Tensor, Tiles]:
     address, rows, width, pitch, start, step, exponent, lowest, stride = fields.T
-    width = width // unit
-    limit = rows * width
-    # What is one run in memory is cut into rows of our own, so that every tile is full.
-    run = (rows == 1) | ((pitch == width * unit) & (step == width * unit))
-    rows = np.where(run, -(-limit // COLUMNS), rows)
-    width = np.where(run, COLUMNS, width)
-    pitch = np.where(run, COLUMNS * unit, pitch)
-    step = np.where(run, COLUMNS * unit, step)
+    rows, width, (pitch, step), limit = full_rows(rows, width, (pitch, step), unit)
     made = np.stack([address, width, pitch, limit, start, step, exponent, lowest, stride, numbers], axis=1)
     return torch.from_numpy(made).to(device), tiles(rows, width, device)
 

@@ -6,12 +6,13 @@ belongs to is written down beforehand, so that a kernel need not search.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["COLUMNS", "ROWS", "Tiles", "tiles"]
+__all__ = ["COLUMNS", "ROWS", "Tiles", "by_alignment", "full_rows", "tiles"]
 
 COLUMNS = 1024
 ROWS = 16
@@ -22,6 +23,34 @@ class Tiles(NamedTuple):
 
     places: torch.Tensor
     count: int  # type: ignore[assignment]  # hides tuple.count
+
+
+def by_alignment(bits: Any, multiples: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    """For each of `multiples`, largest first, the lines of which all that is in `bits` is one of, and of none before.
+
+    >>> [(multiple, lines.tolist()) for multiple, lines in by_alignment(np.array([12, 3, 8]), (8, 4, 2, 1))]
+    [(8, [2]), (4, [0]), (1, [1])]
+    """
+    left = np.arange(len(bits))
+    for multiple in multiples:
+        mine = bits[left] % multiple == 0
+        if mine.any():
+            yield multiple, left[mine]
+        left = left[~mine]
+
+
+def full_rows(rows: Any, width: Any, pitches: Sequence[Any], unit: int) -> tuple[Any, Any, list[Any], Any]:
+    """Rows, their width in units, pitches in bytes, and units in all, of lines of `width` bytes: what is one run by all
+    its pitches is cut into rows of our own, so that every tile is full.
+
+    >>> full_rows(np.array([2]), np.array([4096]), [np.array([4096])], 2)
+    (array([4]), array([1024]), [array([2048])], array([4096]))
+    """
+    run = np.logical_and.reduce([(rows == 1) | (pitch == width) for pitch in pitches])
+    width = width // unit
+    limit = rows * width
+    pitches = [np.where(run, COLUMNS * unit, pitch) for pitch in pitches]
+    return np.where(run, -(-limit // COLUMNS), rows), np.where(run, COLUMNS, width), pitches, limit
 
 
 def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from weightwire.updates.boxes import Rows
-from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, tiles
+from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, tiles
 
 __all__ = ["BatchedCopy", "Move"]
 
@@ -52,17 +52,8 @@ class BatchedCopy:
         fields = np.array([*moves], np.int64).reshape(-1, len(Move._fields))
         fields = fields[(fields[:, 2] > 0) & (fields[:, 3] > 0)]
         self.nbytes = int((fields[:, 2] * fields[:, 3]).sum())
-        # A single row has no pitch, whatever it says.
-        single = fields[:, 2] == 1
-        fields[single, 4:] = fields[single, 3:4]
         bits = np.bitwise_or.reduce(fields[:, [0, 1, 3, 4, 5]], axis=1)
-        self._parts: list[tuple[int, torch.Tensor, Tiles]] = []
-        for unit in _UNITS:
-            mine = bits % unit == 0
-            if unit < max(_UNITS):
-                mine &= bits % (unit * 2) != 0
-            if mine.any():
-                self._parts.append(_part(fields[mine], unit, device))
+        self._parts = [_part(fields[mine], unit, device) for unit, mine in by_alignment(bits, _UNITS)]
 
     def run(self) -> None:
         """Queue them on the current stream."""
@@ -74,14 +65,7 @@ class BatchedCopy:
 
 def _part(fields: Any, unit: int, device: torch.device) -> tuple[int, torch.Tensor, Tiles]:
     source, target, rows, width, source_pitch, target_pitch = fields.T
-    run = (source_pitch == width) & (target_pitch == width)
-    width = width // unit
-    limit = rows * width
-    # What is one run on both sides is cut into rows of our own, so that every tile is full.
-    rows = np.where(run, -(-limit // COLUMNS), rows)
-    width = np.where(run, COLUMNS, width)
-    source_pitch = np.where(run, COLUMNS * unit, source_pitch)
-    target_pitch = np.where(run, COLUMNS * unit, target_pitch)
+    rows, width, (source_pitch, target_pitch), limit = full_rows(rows, width, (source_pitch, target_pitch), unit)
     made = np.stack([source, target, width, source_pitch, target_pitch, limit], axis=1)
     return unit, torch.from_numpy(made).to(device, non_blocking=True), tiles(rows, width, device)
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
 from weightwire.engines.vllm.copy_plan import Copy, Plan
-from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.engines.vllm.layout import refuse_infinite
+from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import rows_of, strides_of
 from weightwire.updates.digest import NO_DIGEST, Pending, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
@@ -113,7 +114,9 @@ class DeviceStaging:
             self._lent[tensor] = data.data_ptr()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        self._refuse_what_a_cast_made_infinite()
+        # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
+        for name in self._cast & self._staged.keys() if self._manifest.finite else ():
+            refuse_infinite(name, self._staged[name])
         self._regions = [
             region
             for number, (spec, copies) in enumerate(zip(self._manifest.tensors, self._plan.copies, strict=True))
@@ -180,15 +183,6 @@ class DeviceStaging:
         self._tables.parts_of = [n for n, _ in parts]
         self._tables.key = key
 
-    def _refuse_what_a_cast_made_infinite(self) -> None:
-        # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
-        for name in self._cast & self._staged.keys() if self._manifest.finite else ():
-            if not bool(torch.isfinite(self._staged[name]).all()):
-                raise NonFinite(
-                    f"{name} is not finite in the engine's {self._staged[name].dtype}",
-                    next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
-                )
-
 
 def warm_up(device: torch.device) -> None:
     """Compile the kernels, before the first update wants them."""
@@ -202,10 +196,10 @@ def warm_up(device: torch.device) -> None:
 
 
 def _totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
-    totals: list[Any] = [Scan(NO_DIGEST, 0)] * count
+    totals: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * count
     if ready is not None and ready.lines:
         for number, scan in zip(of, scan_lines(ready), strict=True):
-            totals[number] = totals[number] + scan if isinstance(totals[number], Pending) else scan
+            totals[number] = scan + totals[number]
     return settle(totals)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from weightwire.errors import UnsupportedError, VerificationError
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.updates.digest import Scan, all_finite, scan
 from weightwire.updates.receipt import Proof
 
-__all__ = ["Slot", "find_slots"]
+__all__ = ["Slot", "find_slots", "refuse_infinite"]
 
 _KNOWN_METHODS = {"UnquantizedLinearMethod", "UnquantizedEmbeddingMethod"}
 _ASKED_COLUMNS = 4
@@ -157,6 +157,15 @@ def find_slots(model: torch.nn.Module, twin: torch.nn.Module) -> list[Slot]:
         _refuse_unknown(slot, twin)
     _refuse_other_ties(slots)
     return slots
+
+
+def refuse_infinite(name: str, staged: torch.Tensor) -> None:
+    """Raise if what was finite as it arrived is not in the engine's dtype."""
+    if not all_finite(staged):
+        raise NonFinite(
+            f"{name} is not finite in the engine's {staged.dtype}",
+            next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
+        )
 
 
 _TORCH = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}

@@ -10,17 +10,15 @@ from collections.abc import Sequence
 
 import torch
 
+from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.layout import Slot
-from weightwire.errors import NonFinite, VerificationError
 from weightwire.receiver import Staging
 from weightwire.updates.boxes import Box
-from weightwire.updates.delta import Delta, Patch, decode, parse
+from weightwire.updates.delta import Patch
 from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest, TensorSpec
 
 __all__ = ["HostCopy", "Keeping", "Rebuilt"]
-
-_PATCH = 12  # decoded, a change takes some ten times its encoded bytes
 
 
 class HostCopy:
@@ -57,21 +55,20 @@ class Keeping:
         self._host.whole = True
 
 
-class Rebuilt:
+class Rebuilt(ArrivingDelta):
     """`receiver.DeltaStaging`: a delta, and from `seal` on the dense update in `inner` that it amounts to.
 
     `slots` are those of `inner`, which keep what they replace.
     """
 
     def __init__(self, manifest: Manifest, inner: Staging, slots: Sequence[Slot], host: HostCopy) -> None:
-        self._manifest = manifest
+        super().__init__(manifest)
         self._inner = inner
         self._slots = list(slots)
         self._host = host
-        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
         self._patches: list[Patch] = []
         self.after: Sequence[Digest] = ()
-        self.nbytes = inner.nbytes + _PATCH * sum(manifest.encoded)
+        self.nbytes += inner.nbytes
         self.proof = inner.proof
         for slot in self._slots:
             slot.undoable = True
@@ -80,22 +77,10 @@ class Rebuilt:
     def takes(self) -> Sequence[Sequence[Box]] | None:
         return self._inner.takes
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        self._bytes[tensor][start : start + data.numel()].copy_(data)
-
-    def lend(self, tensor: int, data: torch.Tensor) -> None:
-        self.write(tensor, 0, data.reshape(-1))
-
     def seal(self, scans: Sequence[Scan]) -> None:
-        for number, (spec, data) in enumerate(zip(self._manifest.tensors, self._bytes, strict=True)):
-            delta = self._parse(spec, data)
-            base = self._host.tensors[number]
-            patch = decode(spec.name, delta, base)
-            if patch.nonfinite and self._manifest.finite:
-                raise NonFinite(
-                    f"NaN or Inf in {spec.name} ({patch.nonfinite} of what changes)",
-                    next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
-                )
+        for number, (spec, base) in enumerate(zip(self._specs, self._host.tensors, strict=True)):
+            delta = self._parse(number)
+            patch = self._decode(spec.name, delta, base)
             new = base.clone()
             patch.apply(new)
             self._inner.write(number, 0, new)
@@ -103,12 +88,6 @@ class Rebuilt:
             self.after = [*self.after, delta.after]
         self._bytes.clear()
         self._inner.seal(scans)
-
-    def _parse(self, spec: TensorSpec, data: torch.Tensor) -> Delta:
-        delta = parse(spec.name, data)
-        if delta.start:
-            raise VerificationError(f"{spec.name!r}: its delta is of the elements from {delta.start} on, not of all")
-        return delta
 
     def check(self, seconds: float) -> bool:
         return self._inner.check(seconds)

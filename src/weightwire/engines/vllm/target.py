@@ -20,10 +20,10 @@ from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
-from weightwire.errors import EngineError, NonFinite, UnsupportedError, UsageError, VersionError
+from weightwire.errors import EngineError, UnsupportedError, UsageError, VersionError
 from weightwire.receiver import AdapterStaging, DeltaStaging, Staging
 from weightwire.revisions import Revision
-from weightwire.updates.digest import Scan, all_finite
+from weightwire.updates.digest import Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
@@ -228,11 +228,7 @@ class _Staged:
         names = set(slot.parameters.values())
         for name in names & self._cast if self._manifest.finite else ():
             # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
-            if not all_finite(self._staged[name]):
-                raise NonFinite(
-                    f"{name} is not finite in the engine's {self._staged[name].dtype}",
-                    next_step="Nothing was changed. Serve in a wider dtype, or publish with finite=False.",
-                )
+            layout.refuse_infinite(name, self._staged[name])
         slot.prepare(self._staged, finite=self._manifest.finite and not self._manifest.partial)
         self._unasked.append(slot)
         # A packed weight is needed no more once its last module has it, so that there is one staged copy, not two.
