@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from typing import Any
 
 import pytest
+
+from weightwire.cli.output import print_json
+from weightwire.errors import UsageError
 
 VERBS = ("serve", "push", "status", "doctor", "demo")
 HEAVY = ("torch", "numpy", "numba", "httpx2", "rich", "fastapi", "vllm", "transformers", "msgspec")
@@ -47,3 +51,17 @@ def test_an_interrupt_is_no_traceback(run: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("weightwire.cli.status.run", interrupt)
     done = run("status", "http://127.0.0.1:1")
     assert (done.code, done.err) == (130, "weightwire: interrupted\n")
+
+
+def test_what_a_library_prints_keeps_out_of_the_json(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chatter(args: object) -> int:
+        print("a library says hello")
+        print_json({"answer": 42})
+        raise UsageError("and then this", next_step="None.")
+
+    monkeypatch.setattr("weightwire.cli.status.run", chatter)
+    document, error = run("status", "--json", "http://127.0.0.1:1").out.rstrip().rsplit("\n", 1)
+
+    assert json.loads(document) == {"answer": 42}
+    assert json.loads(error)["error"]["message"].startswith("and then this")
+    assert "hello" in run("status", "http://127.0.0.1:1").out

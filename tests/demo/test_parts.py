@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def test_the_live_table_fits_80_columns_and_ends_with_every_row():
 
 
 def test_json_lines_hold_the_whole_step(capsys):
-    progress.JsonLines().step(step(7))
+    progress.JsonLines(sys.stdout).step(step(7))
     event = msgspec.json.decode(capsys.readouterr().out)
     assert event.pop("event") == "step"
     assert msgspec.convert(event, Step) == step(7)

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from weightwire.cli.output import stdout
 from weightwire.errors import UsageError
 
 __all__ = ["add_parser"]
@@ -49,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
     from weightwire.demo import progress
     from weightwire.demo.run import run as run_demo
 
-    shown = progress.choose(as_json=args.json)
+    shown = progress.choose(as_json=args.json, stdout=stdout())
     passed = run_demo(args.engine, args.mode, steps=args.steps, seed=args.seed, report_file=args.report, progress=shown)
     return 0 if passed else 1

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from weightwire.cli import demo, doctor, inspect, push, serve, status
+from weightwire.cli.output import json_alone, stdout
 from weightwire.errors import UsageError, WeightwireError
 
 __all__ = ["main"]
@@ -23,11 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "passes_through", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    with json_alone() if getattr(args, "json", False) else nullcontext():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         return int(args.run(args))
     except WeightwireError as error:
         if getattr(args, "json", False):
-            print(json.dumps({"error": error.to_wire()}))
+            print(json.dumps({"error": error.to_wire()}), file=stdout())
         print(f"weightwire: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:

@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
-__all__ = ["print_json", "print_table"]
+__all__ = ["json_alone", "print_json", "print_table", "stdout"]
+
+_kept: TextIO | None = None
+
+
+@contextmanager
+def json_alone() -> Iterator[None]:
+    """Keep stdout for what goes to `stdout()`; what libraries print or log there goes to stderr."""
+    global _kept
+    _kept = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _kept = None
+
+
+def stdout() -> TextIO:
+    """Where results go, also inside `json_alone`."""
+    return _kept or sys.stdout
 
 
 def print_json(document: Any) -> None:
     """One JSON document to stdout; takes structs and dataclasses as well."""
     import msgspec
 
-    sys.stdout.write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
+    stdout().write(msgspec.json.format(msgspec.json.encode(document)).decode() + "\n")
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

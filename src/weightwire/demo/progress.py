@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TextIO
 
 import msgspec
 from rich.console import Console
@@ -41,9 +41,9 @@ class Progress(Protocol):
     def __exit__(self, *error: Any) -> None: ...
 
 
-def choose(*, as_json: bool) -> Progress:
+def choose(*, as_json: bool, stdout: TextIO) -> Progress:
     if as_json:
-        return JsonLines()
+        return JsonLines(stdout)
     return LiveTable() if sys.stdout.isatty() else PlainLines()
 
 
@@ -74,6 +74,9 @@ class PlainLines:
 class JsonLines:
     """One JSON object a line; `event` says which kind."""
 
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
     def __enter__(self) -> Self:
         return self
 
@@ -94,7 +97,7 @@ class JsonLines:
         self._print("end", summary)
 
     def _print(self, event: str, fields: dict[str, Any]) -> None:
-        print(json.dumps({"event": event, **fields}), flush=True)
+        print(json.dumps({"event": event, **fields}), file=self._stream, flush=True)
 
 
 class LiveTable:
