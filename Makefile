@@ -35,10 +35,11 @@ lint: $(VENV)/.light
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Engines need both cores of a small machine; all else shares them.
+# An engine is started by one core and imports for most of a minute, so that two at a time pay even on two cores.
 test: $(VENV)/.full lint
 	$(BIN)/pytest --ignore=tests/vllm -n auto --dist loadfile
-	$(BIN)/pytest tests/vllm
+	$(BIN)/pytest tests/vllm -m 'not alone' -n 2 --dist loadfile
+	$(BIN)/pytest tests/vllm -m alone
 
 test-fast: $(VENV)/.light lint
 	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto --dist loadfile

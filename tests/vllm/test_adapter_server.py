@@ -24,6 +24,7 @@ from watch import watching
 import weightwire as ww
 from conftest import Server, serving
 
+pytestmark = pytest.mark.alone
 PROMPT = [10, 20, 30, 40]
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIG = {"r": 8, "lora_alpha": 16, "target_modules": LINEARS}

@@ -30,7 +30,9 @@ def test_an_updated_engine_equals_a_fresh_one(case: tuple[object, ...], tmp_path
     assert outputs("second published") == outputs("second loaded")
     assert outputs("first published") == outputs("first loaded") != outputs("second loaded")
     assert {v for output in results["second published"] for v in output["versions"]} == {"1"}
-    assert set(results["receipt"]["proven"].values()) == {"asked", "read back"}
+    # In bfloat16 a CPU with AVX2 only keeps no packings, and everything is read back.
+    proven = set(results["receipt"]["proven"].values())
+    assert proven == {"asked", "read back"} or (proven == {"read back"} and "bfloat16" in case)
     if "parts" in case:
         assert outputs("part published") == outputs("part loaded") != outputs("second loaded")
         assert 0 < results["partial receipt"]["parameters"] < results["receipt"]["parameters"]

@@ -25,6 +25,7 @@ from weightwire.transports import shm
 from weightwire.updates.buckets import Bucket
 from weightwire.updates.manifest import Manifest
 
+pytestmark = pytest.mark.alone
 PROMPT = [10, 20, 30, 40]
 
 

@@ -15,6 +15,7 @@ from reference import apart, logprobs
 import weightwire as ww
 from conftest import Server
 
+pytestmark = pytest.mark.alone
 REQUESTS, UPDATES = 200, 20
 
 

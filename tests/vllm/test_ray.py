@@ -11,6 +11,8 @@ import pytest
 from conftest import run_script
 from weightwire.errors import UsageError, WeightwireError
 
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:

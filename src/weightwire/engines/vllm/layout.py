@@ -32,11 +32,13 @@ class Slot:
     """One module of the live model that holds parameters, and the shapes and dtypes that they are loaded with.
 
     `parameters` maps the module's own parameter names to their names in the model. A parameter that several modules
-    share (tied embeddings) is in the slot of each. An `undoable` slot keeps what its `commit` replaces.
+    share (tied embeddings) is in the slot of each. `packs` says that a kernel keeps a packing of the module's weight.
+    An `undoable` slot keeps what its `commit` replaces.
     """
 
     module: torch.nn.Module
     parameters: dict[str, str]
+    packs: bool = False
     undoable: bool = False
     _ready: dict[str, torch.Tensor] = field(default_factory=dict)
     _scans: dict[str, Scan] = field(default_factory=dict)
@@ -46,10 +48,9 @@ class Slot:
     _question: tuple[torch.nn.Module, list[int], torch.Tensor] | None = None
     _proof: Proof = "staged"
 
-    @property
-    def packs(self) -> bool:
-        """Whether a kernel keeps a packing of this module's weight."""
-        return "cpu_linear" in self.module.__dict__
+    def fresh(self) -> Slot:
+        """The same slot for another update."""
+        return Slot(self.module, self.parameters, self.packs)
 
     @property
     def packs_beside(self) -> bool:
@@ -151,7 +152,8 @@ def find_slots(model: torch.nn.Module, twin: torch.nn.Module) -> list[Slot]:
     for path, shadow in twin.named_modules(remove_duplicate=False):
         own = {name: f"{path}.{name}".lstrip(".") for name, p in shadow._parameters.items() if p is not None}
         if own:
-            slots.append(Slot(_live(model, path, shadow), own))
+            module = _live(model, path, shadow)
+            slots.append(Slot(module, own, _packs(module)))
     _use_first_names(slots, twin)
     for slot in slots:
         _refuse_unknown(slot, twin)
@@ -179,6 +181,19 @@ def _shell(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> t
     for own, value in parameters.items():
         shell._parameters[own] = torch.nn.Parameter(value, requires_grad=False)
     return shell
+
+
+def _packs(module: torch.nn.Module) -> bool:
+    """Whether the module's kernel multiplies with a packing of its own. Where oneDNN has no product for the dtype
+    (bfloat16 on a CPU with AVX2 only) vLLM takes torch's, which multiplies with the weight that it is given."""
+    layer: Any = module
+    if "cpu_linear" not in module.__dict__:
+        return False
+    if layer.weight.dim() != 2 or not layer.weight.numel():
+        return True
+    other = layer.weight.new_zeros(3 if len(layer.weight) == 2 else 2, layer.weight.shape[1])
+    with torch.no_grad():
+        return bool(layer.cpu_linear(other[:1], other, None).shape[-1] != len(other))
 
 
 def _ask(module: torch.nn.Module, columns: list[int]) -> torch.Tensor:

@@ -76,7 +76,7 @@ class VllmTarget:
             return self._on_device(manifest, self._plan[1])
         if manifest.staging != "copy":
             raise UnsupportedError(f"staging={manifest.staging!r} is for engines on a GPU")
-        slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
+        slots = [slot.fresh() for slot in self._slots]
         staged = _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
         if self._host is not None:
             self._host.whole = False  # until the next commit that is kept
@@ -110,7 +110,7 @@ class VllmTarget:
                 next_step="Publish everything first, from a Publisher with a baseline.",
             )
         dense = msgspec.structs.replace(manifest, kind="dense", base_version=None, encoded=())
-        slots = [Slot(slot.module, slot.parameters) for slot in self._slots]
+        slots = [slot.fresh() for slot in self._slots]
         return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer), slots, host)
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
