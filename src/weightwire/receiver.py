@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -40,11 +40,11 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.revisions import Revision, Revisions
+from weightwire.target import AdapterStaging, DeltaStaging, Staging, Target
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import (
     NO_DIGEST,
-    Digest,
     Pending,
     Scan,
     scan_runs,
@@ -53,9 +53,8 @@ from weightwire.updates.digest import (
     settle,
 )
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
-from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "Arrivals", "DeltaStaging", "Receiver", "Staging", "Target", "decode_reply", "encode_call"]
+__all__ = ["Arrivals", "Receiver", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
@@ -63,80 +62,6 @@ _MAX_LINGER = 0.05
 _MAX_CLIENTS = 1024
 _PROOF_SECONDS = 5.0  # of an adapter, which was proven before
 _CHECK_SECONDS = 0.005  # at most, between two model steps
-
-
-class Staging(Protocol):
-    """One update's staged copy, made by a `Target`. Live weights change in `commit` and nowhere else."""
-
-    nbytes: int
-    """Bytes of host or device memory the staged copy needs on this rank."""
-
-    @property
-    def takes(self) -> Sequence[Sequence[Box]] | None:
-        """Which parts of each tensor go anywhere on this rank, in manifest order; None when all of each does."""
-
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        """Take elements `start ..` (row-major) of tensor number `tensor` of the manifest: 1-D, the manifest's dtype.
-        `data` is only lent; it is overwritten after the call."""
-
-    def lend(self, tensor: int, data: torch.Tensor) -> None:
-        """Take a whole tensor, in memory that stays as it is until `discard`; it need not be copied."""
-
-    def seal(self, scans: Sequence[Scan]) -> None:
-        """Everything has arrived and is what was sent, with these scans, one a tensor: make ready all that `commit`
-        needs."""
-
-    def check(self, seconds: float) -> bool:
-        """Do, for about `seconds`, what of making ready only the engine's own thread may do; True when nothing is left
-        of it. Called there, between two model steps, while buckets arrive and after `seal`."""
-
-    def commit(self) -> None:
-        """Make it live. Called on the engine's own thread, between two model steps, with generation paused."""
-
-    def proof(self) -> dict[str, Proof]:
-        """After `commit`: each live parameter bound, and how it was shown to be right (`updates.receipt.Proof`).
-        Raises when what is live is not what was staged."""
-
-    def discard(self) -> None:
-        """Let go of the staged memory."""
-
-
-class AdapterStaging(Staging, Protocol):
-    """A LoRA adapter's staged copy. With `check` it enters the engine, beside the revisions being served and unknown to
-    requests; `commit` has nothing left to do but to keep it, and `discard` forgets it only if it was not committed."""
-
-    def held(self) -> str:
-        """After `commit`: a digest of what this rank's modules hold of it."""
-
-
-class DeltaStaging(Staging, Protocol):
-    """A delta's staged copy: its encoded bytes, and from `seal` on what to write where."""
-
-    after: Sequence[Digest]
-    """Of each tensor as it will be, in manifest order; known from `seal` on."""
-
-    def undo(self) -> None:
-        """Put back, bit for bit, what `commit` has changed, however far it came. Raises when that cannot be shown."""
-
-
-class Target(Protocol):
-    """A worker's model, as the receiver sees it."""
-
-    def prepare(self, manifest: Manifest) -> Staging:
-        """Check names, shapes and dtypes against the model and lay the update out. Must not change the model.
-        Raises `UnknownTensor`, `MissingTensor`, `ShapeMismatch` or `UnsupportedError`."""
-
-    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
-        """The same for a LoRA adapter. Also raises `UnsupportedError` when the engine takes none."""
-
-    def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
-        """The same for a delta. Also raises `UnsupportedError` where live weights cannot be patched."""
-
-    def drop(self, revision: Revision) -> None:
-        """Forget a revision, which no request has in use any more. Called on the engine's own thread."""
-
-    def room(self) -> int:
-        """Bytes that a staged copy may take on this rank now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -391,28 +316,9 @@ class Receiver:
                     f"{missing} of {len(update.buckets)} buckets have not arrived",
                     next_step="Stage every bucket before sealing.",
                 )
-            wrong = [
-                spec.name
-                for spec, found, sent in zip(specs, update.known, digests, strict=True)
-                if found.digest.hex() != sent
-            ]
-            if wrong:
-                raise VerificationError(
-                    f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {self._rank}:"
-                    f" {_some(wrong)}",
-                    next_step="Nothing was changed. Publish again; if it repeats, try another transport.",
-                )
+            _refuse_other_digests(update, digests, self._rank)
             if update.manifest.finite:
-                bad = [
-                    f"{spec.name} ({s.nonfinite} of {spec.numel})"
-                    for spec, s in zip(specs, update.known, strict=True)
-                    if s.nonfinite
-                ]
-                if bad:
-                    raise NonFinite(
-                        f"NaN or Inf in {_some(bad)}",
-                        next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
-                    )
+                _refuse_nonfinite(update)
             self._start(update, "seal", lambda: self._make_ready(update))
             while not self._background and update.ready and not update.sealed and update.error is None:
                 self._check(update, _CHECK_SECONDS)
@@ -787,6 +693,31 @@ def _noting_errors(update: _Update, rank: int) -> Iterator[None]:
     except Exception as error:
         logger.exception("weightwire: update %s", update.id)
         update.error = EngineError(f"rank {rank} failed while staging: {error!r}")
+
+
+def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) -> None:
+    specs = update.manifest.tensors
+    wrong = [
+        spec.name for spec, found, sent in zip(specs, update.known, digests, strict=True) if found.digest.hex() != sent
+    ]
+    if wrong:
+        raise VerificationError(
+            f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {rank}: {_some(wrong)}",
+            next_step="Nothing was changed. Publish again; if it repeats, try another transport.",
+        )
+
+
+def _refuse_nonfinite(update: _Update) -> None:
+    bad = [
+        f"{spec.name} ({found.nonfinite} of {spec.numel})"
+        for spec, found in zip(update.manifest.tensors, update.known, strict=True)
+        if found.nonfinite
+    ]
+    if bad:
+        raise NonFinite(
+            f"NaN or Inf in {_some(bad)}",
+            next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+        )
 
 
 def encode_call(**arguments: Any) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol
 
 import msgspec
 
-from weightwire.receiver import Staging, Target
+from weightwire.target import Staging, Target
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt
 

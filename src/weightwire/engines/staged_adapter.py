@@ -13,7 +13,7 @@ __all__ = ["StagedAdapter"]
 
 class StagedAdapter:
     """Its tensors whole, by name, in host memory; cast to `dtype` where that is given. Whoever derives from it puts the
-    digest of what the engine then holds into `_held`. See `receiver.AdapterStaging`."""
+    digest of what the engine then holds into `_held`. See `target.AdapterStaging`."""
 
     takes = None
 

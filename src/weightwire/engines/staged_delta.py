@@ -50,7 +50,7 @@ class ArrivingDelta:
 
 
 class StagedDelta(ArrivingDelta):
-    """`receiver.DeltaStaging`. `places`: for each tensor of the manifest, the live tensors that hold it, by name.
+    """`target.DeltaStaging`. `places`: for each tensor of the manifest, the live tensors that hold it, by name.
 
     All is decoded and its result verified in `seal`, from live weights that are only read there.
     """

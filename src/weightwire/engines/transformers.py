@@ -31,8 +31,9 @@ from weightwire.errors import (
     UsageError,
     VerificationError,
 )
-from weightwire.receiver import AdapterStaging, Receiver
+from weightwire.receiver import Receiver
 from weightwire.revisions import Revision
+from weightwire.target import AdapterStaging
 from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof

@@ -12,7 +12,7 @@ import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.layout import Slot
-from weightwire.receiver import Staging
+from weightwire.target import Staging
 from weightwire.updates.boxes import Box
 from weightwire.updates.delta import Patch
 from weightwire.updates.digest import Digest, Scan
@@ -56,7 +56,7 @@ class Keeping:
 
 
 class Rebuilt(ArrivingDelta):
-    """`receiver.DeltaStaging`: a delta, and from `seal` on the dense update in `inner` that it amounts to.
+    """`target.DeltaStaging`: a delta, and from `seal` on the dense update in `inner` that it amounts to.
 
     `slots` are those of `inner`, which keep what they replace.
     """

@@ -21,8 +21,8 @@ from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
 from weightwire.errors import EngineError, UnsupportedError, UsageError, VersionError
-from weightwire.receiver import AdapterStaging, DeltaStaging, Staging
 from weightwire.revisions import Revision
+from weightwire.target import AdapterStaging, DeltaStaging, Staging
 from weightwire.updates.digest import Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest

@@ -1,0 +1,90 @@
+"""The port between a worker's receiver and its model: how an update is laid out, staged, made live and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from weightwire.revisions import Revision
+from weightwire.updates.boxes import Box
+from weightwire.updates.digest import Digest, Scan
+from weightwire.updates.manifest import Manifest
+from weightwire.updates.receipt import Proof
+
+__all__ = ["AdapterStaging", "DeltaStaging", "Staging", "Target"]
+
+
+class Staging(Protocol):
+    """One update's staged copy, made by a `Target`. Live weights change in `commit` and nowhere else."""
+
+    nbytes: int
+    """Bytes of host or device memory the staged copy needs on this rank."""
+
+    @property
+    def takes(self) -> Sequence[Sequence[Box]] | None:
+        """Which parts of each tensor go anywhere on this rank, in manifest order; None when all of each does."""
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        """Take elements `start ..` (row-major) of tensor number `tensor` of the manifest: 1-D, the manifest's dtype.
+        `data` is only lent; it is overwritten after the call."""
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        """Take a whole tensor, in memory that stays as it is until `discard`; it need not be copied."""
+
+    def seal(self, scans: Sequence[Scan]) -> None:
+        """Everything has arrived and is what was sent, with these scans, one a tensor: make ready all that `commit`
+        needs."""
+
+    def check(self, seconds: float) -> bool:
+        """Do, for about `seconds`, what of making ready only the engine's own thread may do; True when nothing is left
+        of it. Called there, between two model steps, while buckets arrive and after `seal`."""
+
+    def commit(self) -> None:
+        """Make it live. Called on the engine's own thread, between two model steps, with generation paused."""
+
+    def proof(self) -> dict[str, Proof]:
+        """After `commit`: each live parameter bound, and how it was shown to be right (`updates.receipt.Proof`).
+        Raises when what is live is not what was staged."""
+
+    def discard(self) -> None:
+        """Let go of the staged memory."""
+
+
+class AdapterStaging(Staging, Protocol):
+    """A LoRA adapter's staged copy. With `check` it enters the engine, beside the revisions being served and unknown to
+    requests; `commit` has nothing left to do but to keep it, and `discard` forgets it only if it was not committed."""
+
+    def held(self) -> str:
+        """After `commit`: a digest of what this rank's modules hold of it."""
+
+
+class DeltaStaging(Staging, Protocol):
+    """A delta's staged copy: its encoded bytes, and from `seal` on what to write where."""
+
+    after: Sequence[Digest]
+    """Of each tensor as it will be, in manifest order; known from `seal` on."""
+
+    def undo(self) -> None:
+        """Put back, bit for bit, what `commit` has changed, however far it came. Raises when that cannot be shown."""
+
+
+class Target(Protocol):
+    """A worker's model, as the receiver sees it."""
+
+    def prepare(self, manifest: Manifest) -> Staging:
+        """Check names, shapes and dtypes against the model and lay the update out. Must not change the model.
+        Raises `UnknownTensor`, `MissingTensor`, `ShapeMismatch` or `UnsupportedError`."""
+
+    def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
+        """The same for a LoRA adapter. Also raises `UnsupportedError` when the engine takes none."""
+
+    def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
+        """The same for a delta. Also raises `UnsupportedError` where live weights cannot be patched."""
+
+    def drop(self, revision: Revision) -> None:
+        """Forget a revision, which no request has in use any more. Called on the engine's own thread."""
+
+    def room(self) -> int:
+        """Bytes that a staged copy may take on this rank now."""
