@@ -19,7 +19,7 @@ from weightwire.demo import prove
 from weightwire.demo.local import LocalPolicy
 from weightwire.demo.serving import Weights
 
-MODES = ("dense", "adapter")
+MODES = ("dense", "delta", "adapter")
 
 
 def demo(report: Path, *more: str) -> int:
@@ -44,12 +44,20 @@ def test_it_learns_and_proves_itself(mode, tmp_path, scratch, shm_root, no_threa
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     steps = [event for event in events if event["event"] == "step"]
     assert [step["version"] for step in steps] == list(range(1, 13))
-    assert all(step["mismatch"] < 1e-4 for step in steps)
-    assert steps[-1]["reward"] > steps[0]["reward"] + 0.4
+    # The engine of deltas computes in bfloat16, the trainer in float32; and a smaller step learns less.
+    assert all(step["mismatch"] < (0.2 if mode == "delta" else 1e-4) for step in steps)
+    assert steps[-1]["reward"] > steps[0]["reward"] + (0.25 if mode == "delta" else 0.4)
+    assert {step["kind"] for step in steps} == {mode}
+    if mode == "delta":
+        assert "(dense)" in events[2]["text"]
+        assert all(step["nbytes"] < 2_400_000 / 8 for step in steps)
     verdicts = [event for event in events if event["event"] == "verdict"]
     assert [(verdict["version"], verdict["passed"]) for verdict in verdicts] == [(1, True), (6, True), (12, True)]
     answered_by = [verdict["sample"].partition(":")[0] for verdict in verdicts]
-    assert answered_by == {"dense": ["policy"] * 3, "adapter": ["policy@1", "policy@6", "policy@12"]}[mode]
+    assert (
+        answered_by
+        == {"dense": ["policy"] * 3, "delta": ["policy"] * 3, "adapter": ["policy@1", "policy@6", "policy@12"]}[mode]
+    )
     assert events[-1]["event"] == "end"
     assert events[-1]["passed"]
     assert "<svg" in (tmp_path / "report.html").read_text()

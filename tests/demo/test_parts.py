@@ -24,7 +24,15 @@ from weightwire.demo.train import Step, policy_gradient_loss, token_logprobs
 
 def step(number: int, **changes) -> Step:
     phases = {"sample": 0.2, "learn": 0.1, "begin": 0.01, "stage": 0.02, "seal": 0.01, "commit": 0.03}
-    values = {"reward": 0.5, "mismatch": 1e-6, "nbytes": 1_200_000, "seconds": phases, "pause": 0.013, **changes}
+    values = {
+        "reward": 0.5,
+        "mismatch": 1e-6,
+        "kind": "dense",
+        "nbytes": 1_200_000,
+        "seconds": phases,
+        "pause": 0.013,
+        **changes,
+    }
     return Step(step=number, version=number, **values)
 
 

@@ -12,7 +12,7 @@ from weightwire.errors import UsageError
 __all__ = ["add_parser"]
 
 _NEEDED = ("httpx2", "jinja2", "rich", "transformers")
-_NEEDED_BY = {"dense": (), "adapter": ("peft",)}
+_NEEDED_BY = {"dense": (), "delta": (), "adapter": ("peft",)}
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +27,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--mode",
         choices=tuple(_NEEDED_BY),
         default="dense",
-        help="train and update the whole model, or a LoRA adapter to it (default: dense)",
+        help="what is sent: the whole model, what changed in it, or a LoRA adapter, which then alone is trained"
+        " (default: dense)",
     )
     parser.add_argument("--steps", type=int, default=30, metavar="N", help="optimiser steps (default: 30)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random model (default: 0)")

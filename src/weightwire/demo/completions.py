@@ -23,7 +23,6 @@ __all__ = ["ServedPolicy", "StockPolicy"]
 _ANSWER_SECONDS = 60.0
 _FLAGS = [
     "--host=127.0.0.1",
-    "--dtype=float32",
     "--enforce-eager",
     "--max-model-len=64",
     "--max-num-seqs=128",
@@ -32,8 +31,12 @@ _FLAGS = [
     "--disable-uvicorn-access-log",
 ]
 # An adapter is served as a model of its own, and beside it what it adapts.
-_CHECKPOINT_NAMES: dict[Mode, str] = {"dense": "policy", "adapter": "base"}
-_MODE_FLAGS: dict[Mode, list[str]] = {"dense": [], "adapter": ["--enable-lora", f"--max-lora-rank={RANK}"]}
+_CHECKPOINT_NAMES: dict[Mode, str] = {"dense": "policy", "delta": "policy", "adapter": "base"}
+_MODE_FLAGS: dict[Mode, list[str]] = {
+    "dense": ["--dtype=float32"],
+    "delta": ["--dtype=bfloat16"],
+    "adapter": ["--dtype=float32", "--enable-lora", f"--max-lora-rank={RANK}"],
+}
 
 
 class _Completions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,24 +14,24 @@ from transformers.utils import logging
 
 from weightwire.demo.task import DIGITS
 
-__all__ = ["RANK", "VOCABULARY", "adapted", "decode", "encode", "load", "make_policy", "save"]
+__all__ = ["RANK", "VOCABULARY", "adapted", "decode", "encode", "load", "make_policy", "round_into", "rounded", "save"]
 
 VOCABULARY = ("<pad>", *DIGITS)
 RANK = 16
 """Of the LoRA adapter."""
 
 
-def make_policy(seed: int) -> Any:
-    """A Qwen3 of two layers and 0.3 million parameters, float32, which has learned nothing yet."""
+def make_policy(seed: int, width: int = 128) -> Any:
+    """A Qwen3 of two layers, float32, which has learned nothing yet: 0.3 million parameters, 1.2 of width 256."""
     config = Qwen3Config(
         architectures=["Qwen3ForCausalLM"],
         vocab_size=len(VOCABULARY),
-        hidden_size=128,
-        intermediate_size=256,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=32,
+        head_dim=width // 4,
         max_position_embeddings=64,
         tie_word_embeddings=False,
         # How sure a policy can be is bounded by its last layer, which an adapter leaves as it is.
@@ -50,6 +51,17 @@ def adapted(policy: Any) -> Any:
     return get_peft_model(policy, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
 
 
+def rounded(policy: Any) -> Any:
+    """A copy in bfloat16: what is served where the float32 weights are the optimiser's own."""
+    return copy.deepcopy(policy).bfloat16()
+
+
+@torch.no_grad()
+def round_into(served: Any, policy: Any) -> None:
+    for held, trained in zip(served.parameters(), policy.parameters(), strict=True):
+        held.copy_(trained)
+
+
 def save(policy: Any, folder: Path) -> Path:
     """A checkpoint as any engine reads it, tokenizer included, or of an adapted policy its adapter; returns the
     folder."""
@@ -64,7 +76,7 @@ def save(policy: Any, folder: Path) -> Path:
 def load(folder: Path, adapter: Path | None = None) -> Any:
     """The model of a checkpoint, for inference; as PEFT loads it, if there is an adapter to it."""
     logging.disable_progress_bar()
-    policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     if adapter is None:
         return policy
     from peft import PeftModel

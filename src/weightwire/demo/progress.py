@@ -20,13 +20,14 @@ __all__ = ["COLUMNS", "JsonLines", "LiveTable", "PlainLines", "Progress", "cells
 PHASES = ("sample", "learn", "begin", "stage", "seal", "commit")
 """Of `Step.seconds`, in their order."""
 
-COLUMNS = ("step", "reward", "version", "bytes", *PHASES, "pause", "mismatch")
+COLUMNS = ("step", "reward", "kind", "bytes", *PHASES, "pause", "mismatch")
 
 
 def cells(step: Step) -> list[str]:
-    """A step as the texts of a row under `COLUMNS`; phases are in seconds."""
+    """A step, whose number is its version too, as the texts of a row under `COLUMNS`; phases are in seconds."""
     seconds = [f"{step.seconds.get(phase, 0.0):.3f}" for phase in PHASES]
-    start = [str(step.step), f"{step.reward:.3f}", str(step.version), f"{step.nbytes / 1e6:.1f} MB"]
+    nbytes = f"{step.nbytes / 1e6:.1f} MB" if step.nbytes >= 1e6 else f"{step.nbytes / 1e3:.0f} kB"
+    start = [str(step.step), f"{step.reward:.3f}", step.kind, nbytes]
     return [*start, *seconds, f"{step.pause * 1e3:.0f} ms", f"{step.mismatch:.0e}"]
 
 

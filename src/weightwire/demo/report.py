@@ -20,7 +20,11 @@ from weightwire.demo.train import Step
 __all__ = ["render", "write"]
 
 _BEFORE_PUBLISH = PHASES[:2]
-_UPDATES: dict[Mode, str] = {"dense": "the whole model", "adapter": f"a LoRA adapter of rank {RANK}"}
+_UPDATES: dict[Mode, str] = {
+    "dense": "the whole model",
+    "delta": "what changed in the whole model, of which the engine has a bfloat16 copy",
+    "adapter": f"a LoRA adapter of rank {RANK}",
+}
 
 
 def write(file: Path, *, kind: EngineKind, mode: Mode, steps: Sequence[Step], verdicts: Sequence[Verdict]) -> None:

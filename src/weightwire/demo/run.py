@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,7 +34,7 @@ def run(kind: EngineKind, mode: Mode, *, steps: int, seed: int, report_file: Pat
     start = time.monotonic()
     with _stopped_like_ctrl_c(), _one_thread(), tempfile.TemporaryDirectory(prefix="weightwire-demo-") as scratch:
         folder = Path(scratch)
-        history, recordings = _learn(model.make_policy(seed), kind, mode, steps, folder, progress)
+        history, recordings = _learn(_make(seed, mode), kind, mode, steps, folder, progress)
         progress.note(f"proof: {len(recordings)} fresh engines, each loaded with the saved weights of one version")
         verdicts = []
         with contextlib.closing(prove(recordings, kind, mode, folder)) as proofs:
@@ -47,27 +47,34 @@ def run(kind: EngineKind, mode: Mode, *, steps: int, seed: int, report_file: Pat
     return passed
 
 
+def _make(seed: int, mode: Mode) -> Any:
+    # The more elements there are, the less of each step every one of them takes.
+    return model.make_policy(seed, width=256) if mode == "delta" else model.make_policy(seed)
+
+
 def _learn(
     policy: Any, kind: EngineKind, mode: Mode, steps: int, folder: Path, progress: Progress
 ) -> tuple[list[Step], list[Recording]]:
     progress.note(f"starting the engine: {kind}")
     start = time.monotonic()
-    base = model.save(policy, folder / "version-0")
+    served = model.rounded(policy) if mode == "delta" else policy
+    base = model.save(served, folder / "version-0")
     if mode == "adapter":
-        policy = model.adapted(policy)
+        policy = served = model.adapted(policy)
     history, recordings = [], []
     with serve(kind, mode, base, folder) as serving:
         serving.wait_until_ready()
         progress.note(f"ready in {time.monotonic() - start:.0f} s")
-        with serving.engines() as engines, Publisher(policy, engines) as publisher:
+        baseline: Literal["host"] | None = "host" if mode == "delta" else None
+        with serving.engines() as engines, Publisher(served, engines, baseline=baseline) as publisher:
             # The rollouts that the first step learns from have a version as well.
             progress.note(str(publisher.publish(version=0)))
             with progress:
-                for step in train(policy, mode, serving, publisher, steps=steps):
+                for step in train(policy, served, mode, serving, publisher, steps=steps):
                     history.append(step)
                     progress.step(step)
                     if step.version in chosen_versions(steps):
-                        recordings.append(record(step.version, policy, mode, base, serving, folder))
+                        recordings.append(record(step.version, served, mode, base, serving, folder))
     return history, recordings
 
 

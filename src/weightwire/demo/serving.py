@@ -16,8 +16,8 @@ from weightwire.errors import UsageError
 __all__ = ["Completion", "EngineKind", "Mode", "Serving", "Updatable", "Weights", "fresh", "serve"]
 
 EngineKind = Literal["vllm", "transformers"]
-Mode = Literal["dense", "adapter"]
-"""What is trained and put into the engine: the whole model, or a LoRA adapter to it."""
+Mode = Literal["dense", "delta", "adapter"]
+"""What is put into the engine: the whole model, what changed in it, or a LoRA adapter, which then alone is trained."""
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
 import torch
 
 from weightwire.demo import task
-from weightwire.demo.model import decode, encode
+from weightwire.demo.model import decode, encode, round_into
 from weightwire.demo.serving import Completion, Mode, Serving
 from weightwire.publisher import Publisher
 
 __all__ = ["Step", "train"]
 
 _ROLLOUTS_PER_PROMPT = 8
-_LEARNING_RATES: dict[Mode, float] = {"dense": 2e-3, "adapter": 5e-3}
+# Adam moves every element by about as much; plain SGD most of them by less than what bfloat16 can tell apart.
+_OPTIMIZERS: dict[Mode, Callable[..., torch.optim.Optimizer]] = {
+    "dense": functools.partial(torch.optim.AdamW, lr=2e-3),
+    "delta": functools.partial(torch.optim.SGD, lr=0.04),
+    "adapter": functools.partial(torch.optim.AdamW, lr=5e-3),
+}
 _MAX_GRADIENT_NORM = 1.0
 _PUBLISH_SECONDS = 120.0
 
@@ -27,6 +33,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
     `reward` is the rollouts' mean. `mismatch` is the largest difference between the log-probabilities that the engine
     and the trainer give to the sampled tokens: it would jump if the engine served other weights than the trainer has.
+    `kind` and `nbytes` are of the update.
     `seconds` are by phase: sample and learn, then the publisher's own. `pause` is how long generation stood still.
     """
 
@@ -34,15 +41,18 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
     version: int
     reward: float
     mismatch: float
+    kind: str
     nbytes: int
     seconds: dict[str, float]
     pause: float
 
 
-def train(policy: Any, mode: Mode, serving: Serving, publisher: Publisher, *, steps: int) -> Iterator[Step]:
-    """Yields each step once its version is live."""
+def train(
+    policy: Any, served: Any, mode: Mode, serving: Serving, publisher: Publisher, *, steps: int
+) -> Iterator[Step]:
+    """Yields each step once its version is live. `served` is what is published: the policy, or its rounded copy."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=_LEARNING_RATES[mode])
+    optimizer = _OPTIMIZERS[mode](trained)
     for step in range(1, steps + 1):
         start = time.perf_counter()
         rollouts = serving.complete(task.PROMPTS, n=_ROLLOUTS_PER_PROMPT, length=task.LENGTH, temperature=1.0)
@@ -55,6 +65,8 @@ def train(policy: Any, mode: Mode, serving: Serving, publisher: Publisher, *, st
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
         optimizer.step()
+        if served is not policy:
+            round_into(served, policy)
         learned = time.perf_counter()
 
         receipt = publisher.publish(version=step, deadline=_PUBLISH_SECONDS)
@@ -63,6 +75,7 @@ def train(policy: Any, mode: Mode, serving: Serving, publisher: Publisher, *, st
             version=receipt.version,
             reward=rewards.mean().item(),
             mismatch=_mismatch(logprobs, rollouts),
+            kind=receipt.kind,
             nbytes=receipt.nbytes,
             seconds={"sample": sampled - start, "learn": learned - sampled, **receipt.seconds},
             pause=receipt.pause,
