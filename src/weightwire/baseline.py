@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from weightwire.chain import Chain
 from weightwire.errors import NonFinite, VerificationError
 from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estimate
 from weightwire.updates.digest import Digest, Pending, Scan, settle
@@ -19,10 +20,12 @@ _DTYPES = {str(dtype).removeprefix("torch.") for dtype in DELTA_DTYPES}
 
 
 class Baseline:
-    """A copy of every tensor as of `version`; None while there is none, or it is being made."""
+    """A copy of every tensor as of `version`; None while there is none, or it is being made. `chain` has the deltas
+    that led to it."""
 
     def __init__(self) -> None:
         self.version: int | None = None
+        self.chain = Chain()
         self._specs: tuple[TensorSpec, ...] = ()
         self._tensors: list[torch.Tensor] = []
         self._digests: list[Digest] = []
@@ -73,16 +76,19 @@ class Baseline:
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
         """Take over what was published as these deltas."""
-        self.version = None
+        start, self.version = self.version, None
         for number, delta in enumerate(deltas):
             base = self._tensors[number]
             decode(self._specs[number].name, delta, base, before=delta.before).apply(base)
             self._digests[number] = delta.after
         self.version = version
+        if start is not None:
+            self.chain.add(start, deltas)
 
     def start(self, specs: tuple[TensorSpec, ...]) -> None:
         """Make room for tensors that are published whole; `write` and then `finish` follow."""
         self.version = None
+        self.chain.clear()
         if specs != self._specs:
             self._specs = specs
             self._tensors = [torch.empty(spec.numel, dtype=getattr(torch, spec.dtype)) for spec in specs]

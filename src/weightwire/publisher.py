@@ -122,6 +122,8 @@ class Publisher:
                 "no deltas of weights that are spread over ranks yet", next_step="Leave `baseline` out."
             )
         self._baseline = None if baseline is None or is_adapter else Baseline()
+        self._apart = False  # a commit has failed, and engines may be at different versions since
+        self._unsure: tuple[int, list[Delta]] | None = None  # what it would have made, where it was a delta
 
     def publish(
         self,
@@ -138,8 +140,9 @@ class Publisher:
         """Make the source's weights, as they are now, version `version` of every engine, or of the adapter there.
 
         With a baseline, `kind="auto"` sends the delta from the version before unless more than a fifth of the elements
-        changed or an engine has another version; else everything, and `Receipt.why` says which and why. `"delta"`
-        raises `UsageError` or the engine's refusal instead, `"dense"` always sends everything.
+        changed or an engine has another version, from which none of the deltas kept leads on; else everything, and
+        `Receipt.why` says which and why. `"delta"` raises `UsageError` or the engine's refusal instead, `"dense"`
+        always sends everything.
 
         `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `staging="none"`, for engines on a GPU
         without room for a second copy, writes over the live weights while the engine stands still; if that fails it
@@ -198,6 +201,7 @@ class Publisher:
             scans += settle([source.read(number, 0, whole)])
             self._baseline.write(place, 0, whole)
         source.release()
+        self._unsure = None
         self._baseline.finish(_as_version(version), scans)
 
     def explain(self, *, timeout: float = 30.0) -> Explanation:
@@ -288,6 +292,24 @@ class Explanation:
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, slots=True)
+class _Behind:
+    """Engines that serve an older version, and the one delta that does what they have missed and this publish's too."""
+
+    engines: Sequence[str]
+    base: int
+    steps: int
+    deltas: list[Delta]
+
+    def of(self, manifest: Manifest) -> Manifest:
+        """What they get, where the others get `manifest`."""
+        encoded = tuple(delta.nbytes for delta in self.deltas)
+        return msgspec.structs.replace(manifest, base_version=self.base, encoded=encoded)
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.engines)}: delta from {self.base} through {self.steps} deltas"
+
+
 class _Run:
     """One publish. On rank 0 it drives the engines; on the others it only reads weights along."""
 
@@ -297,6 +319,11 @@ class _Run:
         self._kind = kind
         self._why = why
         self.deltas: list[Delta] | None = None
+        self._step: list[Delta] = []
+        self._base: int | None = None
+        self._caught_up: list[_Behind] = []
+        self._behind: list[_Behind] = []
+        self._serves: dict[str, int | None] = {}
         self._source: Source = publisher._source
         self._ranks = self._source.ranks
         self._engines = list(publisher._engines)
@@ -327,7 +354,7 @@ class _Run:
         draft = Manifest(
             version=version,
             kind="adapter" if config is not None else "dense" if self.deltas is None else "delta",
-            base_version=None if self.deltas is None or self._baseline is None else self._baseline.version,
+            base_version=self._base,
             encoded=tuple(delta.nbytes for delta in self.deltas or ()),
             adapter=None
             if config is None
@@ -344,9 +371,12 @@ class _Run:
             self._baseline.start(ordered)
         marks.append(time.perf_counter())
         scans = self._stage(manifest)
+        behind = self._stage_behind(manifest)
         marks.append(time.perf_counter())
-        self._on_leader(lambda: self._seal(scans))
+        self._on_leader(lambda: self._seal(scans, behind))
         marks.append(time.perf_counter())
+        self._publisher._apart = True
+        self._publisher._unsure = (version, self._step) if self._step else None
         receipts = self._from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
         marks.append(time.perf_counter())
         seconds = {phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)}
@@ -357,12 +387,13 @@ class _Run:
             if self.deltas is None:
                 self._baseline.finish(version, scans)
             else:
-                self._baseline.advance(version, self.deltas)
+                self._baseline.advance(version, self._step)
+        self._publisher._apart, self._publisher._unsure = False, None
         return Receipt(
             version=version,
             kind=manifest.kind,
             tensors=len(specs),
-            nbytes=manifest.nbytes,
+            nbytes=max(receipt.nbytes for receipt in receipts.values()),
             seconds=seconds,
             engines=receipts,
             why=self._why,
@@ -379,18 +410,49 @@ class _Run:
         elif any(isinstance(way, Lender) for way in self._ways().values()):
             why = "the engine reads the weights in the trainer's own memory"
         else:
+            self._settle(self._baseline)
             why = self._baseline.refusal(specs)
         if why is None and self._baseline is not None:
             if self._kind == "auto" and (share := self._baseline.density(self._read)) > _DENSEST:
                 why = f"about {share:.0%} of the elements changed, more than the {_DENSEST:.0%} up to which deltas pay"
             else:
-                self.deltas = self._baseline.encode(self._read, finite=finite)
+                self._step = self._baseline.encode(self._read, finite=finite)
+                why = self._route(self._baseline)
         if self.deltas is not None:
-            share = sum(delta.count for delta in self.deltas) / max(sum(delta.numel for delta in self.deltas), 1)
-            why = f"{share:.2%} of the elements changed, instead of {sum(s.nbytes for s in specs) / 1e6:.1f} MB"
+            share = sum(delta.count for delta in self._step) / max(sum(delta.numel for delta in self._step), 1)
+            why = (
+                f"{share:.2%} of the elements changed, instead of {sum(s.nbytes for s in specs) / 1e6:.1f} MB"
+                + "".join(f"; {way}" for way in self._caught_up)
+            )
         elif self._kind == "delta":
             raise UsageError(f"no delta can be sent: {why}", next_step="Publish with kind='auto' or 'dense'.")
         self._why = why or ""
+
+    def _settle(self, baseline: Baseline) -> None:
+        """After a commit that failed: if an engine has what it was to make, the next delta starts from that."""
+        if self._publisher._apart:
+            self._serves = self._from_leader(self._ask_versions, dict[str, int | None])
+            made, self._publisher._unsure = self._publisher._unsure, None
+            if made is not None and made[0] in self._serves.values() and baseline.version is not None:
+                baseline.advance(*made)
+
+    def _ask_versions(self) -> dict[str, int | None]:
+        return self._each("resolve", lambda engine: engine.status(timeout=self._left()).version)
+
+    def _route(self, baseline: Baseline) -> str | None:
+        """Find what leads every engine on, also one that is behind; or say why that cannot be."""
+        ways: list[_Behind] = []
+        for version in sorted({v for v in self._serves.values() if v not in (baseline.version, None)}):
+            engines = [name for name, serves in self._serves.items() if serves == version]
+            found = None if self._ranks else baseline.chain.since(version, self._step)
+            if found is None:
+                return f"{', '.join(engines)} serves {version}, from where no deltas that are kept lead on"
+            ways.append(_Behind(engines, version, *found))
+        self.deltas, self._base, self._caught_up, self._behind = self._step, baseline.version, ways, ways
+        if ways and baseline.version not in self._serves.values():
+            first, *self._behind = ways
+            self.deltas, self._base = first.deltas, first.base
+        return None
 
     def close(self) -> None:
         """Free everything, and abort what was not committed."""
@@ -425,19 +487,25 @@ class _Run:
         def begin(engine: Engine) -> Begun:
             lends = choices[engine.name].name not in senders and not manifest.adapter
             own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
+            own = next((each.of(manifest) for each in self._behind if engine.name in each.engines), own)
             begun = engine.begin(own, holder=holder, lease=self._publisher._lease, timeout=self._left())
             self._begun[engine.name] = begun
             return begun
 
         self._each("begin", begin)
-        buckets = cut(manifest)
-        for name, way in used.items():
-            engines = [e for e in self._engines if choices[e.name].name == name]
-            if isinstance(way, Lender):
-                self._lend(way, engines)
-            else:
-                self._open(way, engines, buckets)
+        behind = {engine for each in self._behind for engine in each.engines}
+        self._offer(manifest, [engine for engine in self._engines if engine.name not in behind])
         return manifest
+
+    def _offer(self, manifest: Manifest, engines: Sequence[Engine]) -> None:
+        choices = self._choices()
+        buckets = cut(manifest)
+        for name, way in self._ways().items():
+            taking = [e for e in engines if choices[e.name].name == name]
+            if isinstance(way, Lender):
+                self._lend(way, taking)
+            elif taking:
+                self._open(way, taking, buckets)
 
     def _lend(self, lender: Lender, engines: Sequence[Engine]) -> None:
         address = self._lent.enter_context(lender.lend(self._whole()))
@@ -508,6 +576,15 @@ class _Run:
         known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
 
+    def _stage_behind(self, manifest: Manifest) -> dict[str, list[Scan]]:
+        """The same, from memory, for engines that are behind; what each is sent, by its name."""
+        found: dict[str, list[Scan]] = {}
+        for each in self._behind:
+            self.deltas = each.deltas
+            self._offer(each.of(manifest), [engine for engine in self._engines if engine.name in each.engines])
+            found |= dict.fromkeys(each.engines, self._stage(each.of(manifest)))
+        return found
+
     def _whole(self) -> list[torch.Tensor]:
         """The source's tensors in the manifest's order, where they are all of them contiguous and on one device."""
         whole = [tensor.detach() for tensor in self._publisher._weights.whole() or ()]
@@ -550,9 +627,12 @@ class _Run:
         while self._senders:
             self._senders.pop().close()
 
-    def _seal(self, scans: Sequence[Scan]) -> None:
-        digests = [scan.digest.hex() for scan in scans]
-        self._each("seal", lambda engine: engine.seal(self._id(engine), digests, timeout=self._left()))
+    def _seal(self, scans: Sequence[Scan], behind: Mapping[str, Sequence[Scan]]) -> None:
+        def seal(engine: Engine) -> None:
+            digests = [scan.digest.hex() for scan in behind.get(engine.name, scans)]
+            engine.seal(self._id(engine), digests, timeout=self._left())
+
+        self._each("seal", seal)
 
     def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
         # From here on engines may differ, and aborting could not make them alike again.

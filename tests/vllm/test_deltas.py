@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,25 @@ def test_a_failed_commit_is_undone_on_every_rank(engine: Server, served_model: A
             assert (engines[0].status().state, engines[0].status().version) == ("idle", 10)
         assert publisher.publish(11).kind == "delta"
         serves(engine, model)
+
+
+def test_a_server_that_missed_updates_gets_them_as_one_delta(engine: Server, served_model: Any) -> None:
+    model, beside = copy.deepcopy(served_model), copy.deepcopy(served_model)
+    with engine.engines() as engines, contextlib.closing(ww.TransformersEngine(beside, name="beside")) as other:
+        with ww.Publisher(model, [*engines, other], baseline="host") as publisher:
+            publisher.publish(12)
+            before = engine.generate(PROMPT)
+            for version in (13, 14):
+                step(model, version)
+                engine.worker_rpc("fail_next_commit", 0)
+                with pytest.raises(ww.PublishError, match="which has its old weights"):
+                    publisher.publish(version)
+                assert engine.generate(PROMPT) == before
+            step(model, 15)
+            assert f"{engine.url}: delta from 12 through 3 deltas" in publisher.publish(15, kind="delta").why
+            output = serves(engine, model)
+            publisher.publish(16, kind="dense")
+            assert said(engine.generate(PROMPT)) == said(output)
 
 
 def test_a_worker_without_the_base_gets_everything(engine: Server, served_model: Any) -> None:
