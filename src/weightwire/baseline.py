@@ -56,8 +56,10 @@ class Baseline:
     def encode(self, read: Read, *, finite: bool) -> list[Delta]:
         """A delta for each tensor, to what `read(tensor, start, out)` gives. Raises `NonFinite`."""
         deltas: list[Delta] = []
+        # One memory for all tensors: fresh pages for each took four times as long as all the rest.
+        room = torch.empty(max((base.nbytes for base in self._tensors), default=0), dtype=torch.uint8)
         for number, (spec, base, before) in enumerate(zip(self._specs, self._tensors, self._digests, strict=True)):
-            new = torch.empty_like(base)
+            new = room[: base.nbytes].view(base.dtype)
             scanned = settle([read(number, 0, new)])[0]
             if finite and scanned.nonfinite:
                 raise NonFinite(
