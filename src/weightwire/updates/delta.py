@@ -34,6 +34,7 @@ _DTYPES = {number: dtype for dtype, number in DELTA_DTYPES.items()}
 _BITS = {2: (np.uint16, torch.int16), 4: (np.uint32, torch.int32)}
 _HEADER = struct.Struct("<4sBBBBB7sQQQQ4Q")
 _TRAILER = struct.Struct("<2Q")
+HEAD_BYTES, SEAL_BYTES = _HEADER.size, _TRAILER.size
 _MAGIC, _FORMAT = b"WWDL", 1
 _MAX_ELEMENTS = 1 << 48
 _CHANGES = 256  # at least so many in a block on average: the table and what a last word leaves empty stay near 1 %
@@ -74,6 +75,17 @@ class Delta:
     @property
     def blocks(self) -> int:
         return -(-self.numel >> self.block_bits) if self.count else 0
+
+    def head(self) -> bytes:
+        """The header that says so."""
+        return _HEADER.pack(
+            _MAGIC, _FORMAT, DELTA_DTYPES[self.dtype], self.block_bits, self.unit_bits, self.entry, bytes(7),
+            self.nbytes, self.start, self.numel, self.count, *self.before, *self.after,
+        )  # fmt: skip
+
+    def seal(self, digest: Digest) -> None:
+        """Write the last bytes of `data`, which is on the CPU: the digest of all before them."""
+        self.data[-SEAL_BYTES:] = torch.frombuffer(bytearray(_TRAILER.pack(*digest)), dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,35 +147,40 @@ def parse(name: str, data: torch.Tensor | bytes) -> Delta:
             f"{name!r}: a delta is uint8 in one dimension on the CPU, not {raw.dtype} of {tuple(raw.shape)}"
         )
     raw = raw.contiguous()
-    least = _HEADER.size + _TRAILER.size
+    ends = raw[:HEAD_BYTES].numpy().tobytes(), raw[-SEAL_BYTES:].numpy().tobytes()
+    return opened(name, raw, *ends, scan(raw[:-SEAL_BYTES]).digest)
+
+
+def opened(name: str, raw: torch.Tensor, head: bytes, seal: bytes, digest: Digest) -> Delta:
+    """The delta in `raw`, on any device, by its first and its last bytes and the digest of all but the last. Raises
+    like `parse`."""
+    least = HEAD_BYTES + SEAL_BYTES
     if raw.numel() < least:
-        raise _harmed(name, f"it has {raw.numel()} bytes, fewer than the {least} of the shortest")
+        raise harmed(name, f"it has {raw.numel()} bytes, fewer than the {least} of the shortest")
     magic, number, code, block_bits, unit_bits, entry, zeros, nbytes, start, numel, count, *digests = _HEADER.unpack(
-        raw[: _HEADER.size].numpy().tobytes()
+        head
     )
     if magic != _MAGIC:
-        raise _harmed(name, f"it begins with {magic!r}, not with {_MAGIC!r}")
+        raise harmed(name, f"it begins with {magic!r}, not with {_MAGIC!r}")
     if number != _FORMAT:
-        raise _harmed(name, f"its format is {number}, this side reads {_FORMAT}")
+        raise harmed(name, f"its format is {number}, this side reads {_FORMAT}")
     if nbytes != raw.numel():
-        raise _harmed(name, f"it has {raw.numel()} bytes, its header says {nbytes}")
-    if Digest(*_TRAILER.unpack(raw[-_TRAILER.size :].numpy().tobytes())) != scan(raw[: -_TRAILER.size]).digest:
-        raise _harmed(name, "its bytes are not those that were written")
+        raise harmed(name, f"it has {raw.numel()} bytes, its header says {nbytes}")
+    if Digest(*_TRAILER.unpack(seal)) != digest:
+        raise harmed(name, "its bytes are not those that were written")
     if code not in _DTYPES or not _MIN_BLOCK <= block_bits <= _MAX_BLOCK or entry not in (4, 8) or any(zeros):
-        raise _harmed(name, f"its header has dtype {code}, block bits {block_bits}, entry {entry}, zeros {zeros.hex()}")
+        raise harmed(name, f"its header has dtype {code}, block bits {block_bits}, entry {entry}, zeros {zeros.hex()}")
     dtype = _DTYPES[code]
     if unit_bits >= 8 * dtype.itemsize or not count <= numel <= _MAX_ELEMENTS or start > _MAX_ELEMENTS - numel:
-        raise _harmed(
-            name, f"its header has {count} changes of {numel} elements from {start} on, unit bits {unit_bits}"
-        )
+        raise harmed(name, f"its header has {count} changes of {numel} elements from {start} on, unit bits {unit_bits}")
     if nbytes % 4:
-        raise _harmed(name, f"its {nbytes} bytes are no whole number of words")
+        raise harmed(name, f"its {nbytes} bytes are no whole number of words")
     delta = Delta(
         dtype=dtype, start=start, numel=numel, count=count, before=Digest(*digests[:2]), after=Digest(*digests[2:]),
         block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
     )  # fmt: skip
     if delta.blocks * entry > nbytes - least:
-        raise _harmed(name, f"a table of {delta.blocks} blocks does not fit into its {nbytes} bytes")
+        raise harmed(name, f"a table of {delta.blocks} blocks does not fit into its {nbytes} bytes")
     return delta
 
 
@@ -260,7 +277,7 @@ def estimate(base: torch.Tensor, new: torch.Tensor, *, sample: int = 1 << 16) ->
     return density, density * bits / (8 * base.element_size())
 
 
-def _harmed(name: str, what: str) -> VerificationError:
+def harmed(name: str, what: str) -> VerificationError:
     return VerificationError(f"{name!r}: not a whole delta: {what}", next_step=_RESEND)
 
 
@@ -298,15 +315,16 @@ def _change(
     return came.digest - scan_places(_elements(old, dtype), indices, start).digest, came.nonfinite
 
 
-def _block_bits(count: int, numel: int) -> int:
+def block_bits_of(count: int, numel: int) -> int:
+    """The block bits that an encoder takes for so many changes."""
     bits = _MIN_BLOCK
     while bits < _MAX_BLOCK and count << bits < _CHANGES * numel:
         bits += 1
     return bits
 
 
-def _unit_bits(steps: Array, width: int) -> int:
-    sizes = rice.tally(steps)
+def unit_bits_of(sizes: Array, width: int) -> int:
+    """The unit bits that an encoder takes, by `rice.tally` of the steps."""
     lengths = np.arange(sizes.size)
 
     def cost(low: int) -> int:
@@ -318,47 +336,42 @@ def _unit_bits(steps: Array, width: int) -> int:
 def _assemble(
     dtype: torch.dtype, start: int, numel: int, places: Array, steps: Array, before: Digest, after: Digest
 ) -> Delta:
-    block_bits = _block_bits(places.size, numel)
-    unit_bits = _unit_bits(steps, 8 * dtype.itemsize)
+    block_bits = block_bits_of(places.size, numel)
+    unit_bits = unit_bits_of(rice.tally(steps), 8 * dtype.itemsize)
     blocks = -(-numel >> block_bits) if places.size else 0
     table = np.zeros((blocks, 2), np.int64)
     rice.weigh(places, steps, numel, block_bits, unit_bits, table)
     words = np.empty(int(table[:, 1].sum()), np.uint32)
     rice.write(places, steps, numel, block_bits, unit_bits, table, words)
     entry = 8 if blocks and table.max() > 0xFFFF else 4
-    nbytes = _HEADER.size + blocks * entry + words.nbytes + _TRAILER.size
-    head = _HEADER.pack(
-        _MAGIC, _FORMAT, DELTA_DTYPES[dtype], block_bits, unit_bits, entry, bytes(7), nbytes, start, numel, places.size,
-        *before, *after,
-    )  # fmt: skip
-    parts = [head, table.astype(f"<u{entry // 2}").tobytes(), words.astype("<u4").tobytes()]
-    data = np.frombuffer(bytearray().join([*parts, bytes(_TRAILER.size)]), np.uint8)
-    raw = torch.from_numpy(data)
-    trailer = _TRAILER.pack(*scan(raw[: -_TRAILER.size]).digest)
-    raw[-_TRAILER.size :] = torch.frombuffer(bytearray(trailer), dtype=torch.uint8)
-    return Delta(
+    nbytes = HEAD_BYTES + blocks * entry + words.nbytes + SEAL_BYTES
+    delta = Delta(
         dtype=dtype, start=start, numel=numel, count=int(places.size), before=before, after=after,
-        block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
+        block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=torch.empty(nbytes, dtype=torch.uint8),
     )  # fmt: skip
+    parts = [delta.head(), table.astype(f"<u{entry // 2}").tobytes(), words.astype("<u4").tobytes()]
+    delta.data[:-SEAL_BYTES] = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+    delta.seal(scan(delta.data[:-SEAL_BYTES]).digest)
+    return delta
 
 
 def _changes_of(name: str, delta: Delta) -> tuple[Array, Array]:
     """The places and steps of a delta. What it allocates, its own length and its counted elements bound."""
     raw = _aligned(delta.data.numpy())
-    end = _HEADER.size + delta.blocks * delta.entry
-    table = raw[_HEADER.size : end].view(f"<u{delta.entry // 2}").astype(np.int64).reshape(-1, 2)
+    end = HEAD_BYTES + delta.blocks * delta.entry
+    table = raw[HEAD_BYTES:end].view(f"<u{delta.entry // 2}").astype(np.int64).reshape(-1, 2)
     words = raw[end:].view("<u4")
-    room = words.size - _TRAILER.size // 4
+    room = words.size - SEAL_BYTES // 4
     lengths = np.full(delta.blocks, 1 << delta.block_bits, np.int64)
     lengths[-1:] -= (delta.blocks << delta.block_bits) - delta.numel
     if table[:, 0].sum() != delta.count or (table[:, 0] > lengths).any():
-        raise _harmed(name, f"its blocks do not hold {delta.count} changes")
+        raise harmed(name, f"its blocks do not hold {delta.count} changes")
     # A change takes three bits at least: what is allocated for it has come in.
     if table[:, 1].sum() != room or delta.count * 3 > room * 32:
-        raise _harmed(name, f"its blocks do not fill its {room} words")
+        raise harmed(name, f"its blocks do not fill its {room} words")
     places, steps = np.empty(delta.count, np.int64), np.empty(delta.count, np.int64)
     width = 8 * delta.dtype.itemsize
     block = rice.read(words, table, delta.numel, delta.block_bits, delta.unit_bits, width, places, steps)
     if block >= 0:
-        raise _harmed(name, f"its block {block} of {delta.blocks} cannot be decoded")
+        raise harmed(name, f"its block {block} of {delta.blocks} cannot be decoded")
     return places, steps

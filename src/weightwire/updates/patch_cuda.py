@@ -1,0 +1,148 @@
+"""Changes from deltas, and the memory on a GPU that they go to: looked at, written, and put back, in Triton.
+
+A tensor's elements may be in several places, and in each as a part only: a tensor-parallel rank's slice, or one matrix
+of a fused one. So each place is a `Site`, and of the changes those that fall outside it are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from weightwire.updates.boxes import Rows
+from weightwire.updates.delta import Delta
+from weightwire.updates.delta_cuda import Changes
+from weightwire.updates.digest import Pending, word_facts
+from weightwire.updates.rice_cuda import factors, key_of, moved
+
+__all__ = ["Patches", "Site"]
+
+_TILE = 1024
+_LOOK, _WRITE, _UNDO = 0, 1, 2
+
+
+class Site(NamedTuple):
+    """Rows of delta number `delta`'s tensor, `rows.first` counted in its elements, that are in memory at `address`,
+    from which `rows.second` counts, in elements too."""
+
+    delta: int
+    rows: Rows
+    address: int
+
+
+class Patches:
+    """The changes of deltas at their sites, which must not overlap in memory and stay where they are."""
+
+    def __init__(self, deltas: Sequence[Delta], changes: Changes, sites: Sequence[Site]) -> None:
+        self._device = changes.keys.device
+        self._keys, self._steps = changes.keys, changes.steps
+        self._sites = len(sites)
+        self._parts: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        firsts = [changes.origins[site.delta] + site.rows.first for site in sites]
+        lasts = [first + _extent(site.rows) for first, site in zip(firsts, sites, strict=True)]
+        bounds = torch.tensor([firsts, lasts], dtype=torch.int64, device=self._device)
+        begins, ends = torch.searchsorted(self._keys, bounds).tolist()
+        widths = [deltas[site.delta].dtype.itemsize for site in sites]
+        for width in sorted(set(widths)):
+            mine = [n for n, other in enumerate(widths) if other == width and begins[n] < ends[n]]
+            if mine:
+                rows = [_line(deltas[sites[n].delta], sites[n], n, firsts[n], begins[n], ends[n]) for n in mine]
+                self._parts.append((8 * width, *self._ready(np.array(rows, np.int64))))
+        self.nbytes = sum(olds.nbytes for *_, olds in self._parts) + self._keys.nbytes + self._steps.nbytes
+
+    def look(self) -> list[Pending]:
+        """Note what stands where changes go. Of each site: what they add to its digest, and how many NaN and Inf they
+        bring. Changes no memory but its own."""
+        sums = torch.zeros(max(self._sites, 1), 3, dtype=torch.int64, device=self._device)
+        self._visit(_LOOK, sums)
+        return [Pending([(sums, row)]) for row in range(self._sites)]
+
+    def write(self) -> None:
+        """Write the new values over those noted, on the current stream."""
+        self._visit(_WRITE, self._steps)
+
+    def undo(self) -> None:
+        """Write the noted values back, whatever part of `write` had been done."""
+        self._visit(_UNDO, self._steps)
+
+    def _ready(self, lines: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        counts = lines[:, 1] - lines[:, 0]
+        lines[:, 2] = np.cumsum(counts) - counts
+        each = -(-counts // _TILE)
+        starts = np.cumsum(each) - each
+        of = np.repeat(np.arange(len(lines)), each)
+        tiles = np.stack([of, np.arange(len(of)) - starts[of]], axis=1)
+        olds = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._device)
+        return torch.from_numpy(lines).to(self._device), torch.from_numpy(tiles).to(self._device), olds
+
+    def _visit(self, mode: int, sums: torch.Tensor) -> None:
+        with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
+            for width, lines, tiles, olds in self._parts:
+                _visit[(len(tiles),)](
+                    lines, tiles, self._keys, self._steps, olds, sums, MODE=mode, WIDTH=width, FIELDS=lines.shape[1],
+                    TILE=_TILE,
+                )  # fmt: skip
+
+
+def _extent(rows: Rows) -> int:
+    return (rows.count - 1) * rows.first_pitch + rows.width
+
+
+def _line(delta: Delta, site: Site, number: int, first: int, begin: int, end: int) -> tuple[int, ...]:
+    itemsize, rows = delta.dtype.itemsize, site.rows
+    exponent = word_facts(delta.dtype)[0] & ((1 << 8 * itemsize) - 1)
+    return (
+        begin, end, 0, first, rows.first_pitch, rows.width, site.address + rows.second * itemsize, rows.second_pitch,
+        delta.start + rows.first, exponent, number,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _visit(  # type: ignore[no-untyped-def]
+    lines, tiles, keys, steps, olds, sums, MODE: tl.constexpr, WIDTH: tl.constexpr, FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Some changes at one site. A line: its first change and the one after its last; where its old values begin in
+    `olds`; its first key, the pitch and width of its rows; their address and pitch in memory; the index of its first
+    element in the full tensor; all exponent bits; its number."""
+    tile = tl.program_id(0).to(tl.int64) * 2
+    line = lines + tl.load(tiles + tile) * FIELDS
+    begin = tl.load(line)
+    change = begin + tl.load(tiles + tile + 1) * TILE + tl.arange(0, TILE)
+    inside = change < tl.load(line + 1)
+    place = tl.load(keys + change, mask=inside, other=0) - tl.load(line + 3)
+    row = place // tl.load(line + 4)
+    column = place - row * tl.load(line + 4)
+    inside = inside & (column < tl.load(line + 5))
+    if WIDTH == 16:
+        live = tl.load(line + 6).to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        live = tl.load(line + 6).to(tl.pointer_type(tl.uint32), bitcast=True)
+    live += row * tl.load(line + 7) + column
+    noted = olds + tl.load(line + 2) + change - begin
+    if MODE == 2:
+        tl.store(live, tl.load(noted, mask=inside, other=0).to(live.dtype.element_ty), mask=inside)
+    elif MODE == 1:
+        step = tl.load(steps + change, mask=inside, other=0)
+        old = tl.load(noted, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        tl.store(live, moved(old, step, WIDTH).to(live.dtype.element_ty), mask=inside)
+    else:
+        old = tl.load(live, mask=inside, other=0).to(tl.uint32)
+        tl.store(noted, old.to(tl.int32, bitcast=True), mask=inside)
+        new = moved(old, tl.load(steps + change, mask=inside, other=0), WIDTH)
+        byte = (tl.load(line + 8) + place) * (WIDTH // 8)
+        # New less old modulo 2^64, which is what the sum is modulo.
+        more = (new.to(tl.uint64) - old.to(tl.uint64)) << (8 * (byte & 3)).to(tl.uint64)
+        more = tl.where(inside, more, 0)
+        low, high = factors((byte >> 2).to(tl.uint32), key_of(byte >> 2))
+        exponent = tl.load(line + 9).to(tl.uint32)
+        bad = inside & ((new & exponent) == exponent)
+        sums += tl.load(line + 10) * 3
+        tl.atomic_add(sums, tl.sum(more * low).to(tl.int64, bitcast=True), sem="relaxed")
+        tl.atomic_add(sums + 1, tl.sum(more * high).to(tl.int64, bitcast=True), sem="relaxed")
+        tl.atomic_add(sums + 2, tl.sum(bad.to(tl.int64)), sem="relaxed")
