@@ -20,10 +20,10 @@ _PATCH = 12  # decoded, a change takes some ten times its encoded bytes
 class ArrivingDelta:
     """A delta's encoded bytes as they come in, a tensor at a time. `nbytes` is what they take decoded."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
         self._specs = manifest.tensors
         self._finite = manifest.finite
-        self._bytes = [torch.empty(nbytes, dtype=torch.uint8) for nbytes in manifest.encoded]
+        self._bytes = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in manifest.encoded]
         self.nbytes = _PATCH * sum(manifest.encoded)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:

@@ -18,15 +18,15 @@ from weightwire.engines.vllm.copy_plan import Copy, Plan
 from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import rows_of, strides_of
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, settle
+from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec
 from weightwire.updates.receipt import Proof
 
-__all__ = ["DeviceStaging", "Tables", "warm_up"]
+__all__ = ["DeviceStaging", "Held", "Region", "Tables", "Version", "synchronize", "totals", "warm_up"]
 
 
-class _Region(NamedTuple):
+class Region(NamedTuple):
     """One copy of a plan, in memory: from `source`, with strides in elements of the checkpoint tensor's dimensions."""
 
     spec: TensorSpec
@@ -65,8 +65,28 @@ class Tables:
     parts_of: list[int] = field(default_factory=list)
 
 
+class Version(NamedTuple):
+    """What was committed and proven: the digest of each tensor of the manifest, and of each region of the plan."""
+
+    tensors: Sequence[Digest]
+    regions: Sequence[Digest]
+
+
+@dataclass(slots=True)
+class Held:
+    """What this rank's live parameters hold, as far as it was proven: what a delta can start from. By plan: another
+    manifest's plan is another object."""
+
+    plan: Plan | None = None
+    version: Version | None = None
+
+    def take(self, plan: Plan | None, version: Version | None) -> None:
+        self.plan, self.version = plan, version
+
+
 class DeviceStaging:
-    """One update on one rank. `live` has the tensors of each parameter of the plan, each memory once."""
+    """One update on one rank. `live` has the tensors of each parameter of the plan, each memory once. What is live and
+    proven in the end is noted in `held`."""
 
     def __init__(
         self,
@@ -75,12 +95,15 @@ class DeviceStaging:
         live: Mapping[str, Sequence[torch.Tensor]],
         device: torch.device,
         tables: Tables,
+        held: Held,
     ) -> None:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
+        self._held = held
+        self._arrived: list[Digest] = []
         self.takes = [[copy.source for copy in copies] for copies in plan.copies]
         self._lent: dict[int, int] = {}
         self._staged: dict[str, torch.Tensor] = {}
-        self._regions: list[_Region] = []
+        self._regions: list[Region] = []
         self._expected: list[Scan] = []
         self._cast = {
             copy.parameter
@@ -114,6 +137,7 @@ class DeviceStaging:
             self._lent[tensor] = data.data_ptr()
 
     def seal(self, scans: Sequence[Scan]) -> None:
+        self._arrived = [scan.digest for scan in scans]
         # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
         for name in self._cast & self._staged.keys() if self._manifest.finite else ():
             refuse_infinite(name, self._staged[name])
@@ -128,7 +152,7 @@ class DeviceStaging:
         if self._tables.key != key:
             self._fill(key)
         # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
-        parts = _totals(self._tables.parts, self._tables.parts_of, len(self._regions))
+        parts = totals(self._tables.parts, self._tables.parts_of, len(self._regions))
         self._expected = [
             scans[region.number] if region.is_whole else part for region, part in zip(self._regions, parts, strict=True)
         ]
@@ -137,13 +161,14 @@ class DeviceStaging:
         return True
 
     def commit(self) -> None:
+        self._held.take(None, None)
         if self._manifest.staging != "none" and self._tables.copies is not None:
             self._tables.copies.run()
         # What the trainer lent is its own again once this returns.
-        _synchronize(self._device)
+        synchronize(self._device)
 
     def proof(self) -> dict[str, Proof]:
-        found = _totals(self._tables.live, self._tables.live_of, len(self._regions))
+        found = totals(self._tables.live, self._tables.live_of, len(self._regions))
         wrong = sorted(
             {
                 region.copy.parameter
@@ -156,6 +181,7 @@ class DeviceStaging:
                 f"{len(wrong)} live parameters are not what was staged: {', '.join(wrong[:5])}",
                 next_step="Publish a complete update.",
             )
+        self._held.take(self._plan, Version(self._arrived, [scan.digest for scan in self._expected]))
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
@@ -163,7 +189,7 @@ class DeviceStaging:
         self._lent.clear()
         self._regions.clear()
 
-    def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[_Region]:
+    def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[Region]:
         if number in self._lent:
             strides = strides_of(spec.shape)
             start = sum(at * stride for at, stride in zip(copy.source.start, strides, strict=True))
@@ -171,7 +197,7 @@ class DeviceStaging:
         else:
             staged = self._staged[copy.parameter]
             strides, source = copy.strides, staged.data_ptr() + copy.offset * staged.itemsize
-        return [_Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
+        return [Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
 
     def _fill(self, key: object) -> None:
         numbered = list(enumerate(self._regions))
@@ -195,7 +221,8 @@ def warm_up(device: torch.device) -> None:
         settle(scan_lines(table([Line(data.data_ptr(), 1, 2 * (2 - start), 0, 2 * start, 0, 0, 0, 1)], device)))
 
 
-def _totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
+def totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
+    """Scans of `count` regions, of which a table's lines are parts."""
     totals: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * count
     if ready is not None and ready.lines:
         for number, scan in zip(of, scan_lines(ready), strict=True):
@@ -203,6 +230,7 @@ def _totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
     return settle(totals)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was queued on the current stream."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()

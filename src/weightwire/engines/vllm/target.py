@@ -46,6 +46,7 @@ class VllmTarget:
         # the one before gave back, where a new thread would have it from the system, page by page.
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
         self._tables: Any = None
+        self._held: Any = None
         self._host: HostCopy | None = None
         self.adapters = AdapterStore(worker)
 
@@ -87,31 +88,38 @@ class VllmTarget:
         return Keeping(staged, self._host)
 
     def _on_device(self, manifest: Manifest, plan: Plan) -> Staging:
-        from weightwire.engines.vllm.device import DeviceStaging, Tables  # needs Triton
+        from weightwire.engines.vllm.device import DeviceStaging, Held, Tables  # needs Triton
 
+        self._tables, self._held = self._tables or Tables(), self._held or Held()
+        return DeviceStaging(manifest, plan, self._live(), self._worker.device, self._tables, self._held)
+
+    def _live(self) -> dict[str, list[torch.Tensor]]:
         live: dict[str, dict[int, torch.Tensor]] = {}
         for slot in self._slots:
             for own, name in slot.parameters.items():
                 tensor = getattr(slot.module, own).detach()
                 live.setdefault(name, {})[tensor.data_ptr()] = tensor
-        self._tables = self._tables or Tables()
-        places = {name: list(tensors.values()) for name, tensors in live.items()}
-        return DeviceStaging(manifest, plan, places, self._worker.device, self._tables)
+        return {name: list(tensors.values()) for name, tensors in live.items()}
 
     def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
         self._refuse_unsupported()
         if self._worker.device.type != "cpu":
-            raise UnsupportedError("an engine on a GPU takes no deltas yet", next_step="Publish with kind='dense'.")
+            return self._delta_on_device(manifest)
         host, plan, twin = self._host, self._plan, self._twin
         kept = host is not None and host.whole and host.specs == manifest.tensors
         if not kept or host is None or twin is None or plan is None or plan[0] != _plan_key(manifest):
-            raise VersionError(
-                "this worker has no copy of the weights that a delta could start from",
-                next_step="Publish everything first, from a Publisher with a baseline.",
-            )
+            raise _nothing_to_start_from()
         dense = msgspec.structs.replace(manifest, kind="dense", base_version=None, encoded=())
         slots = [slot.fresh() for slot in self._slots]
         return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer), slots, host)
+
+    def _delta_on_device(self, manifest: Manifest) -> DeltaStaging:
+        from weightwire.engines.vllm.device_delta import DeviceDelta  # needs Triton
+
+        plan, held = self._plan, self._held
+        if plan is None or held is None or plan[0] != _plan_key(manifest) or held.plan is not plan[1]:
+            raise _nothing_to_start_from()
+        return DeviceDelta(manifest, plan[1], self._live(), self._worker.device, held)
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         self._refuse_replicas()
@@ -156,6 +164,13 @@ class VllmTarget:
                 "on a CPU, compiled code keeps the kernels' old weights",
                 next_step="Start the engine with --enforce-eager.",
             )
+
+
+def _nothing_to_start_from() -> VersionError:
+    return VersionError(
+        "this worker has no copy of the weights that a delta could start from",
+        next_step="Publish everything first, from a Publisher with a baseline.",
+    )
 
 
 def _plan_key(manifest: Manifest) -> object:
