@@ -12,7 +12,7 @@ from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estima
 from weightwire.updates.digest import Digest, Pending, Scan, settle
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["Baseline"]
+__all__ = ["Baseline", "Read"]
 
 Read = Callable[[int, int, torch.Tensor], Scan | Pending]
 _SAMPLES, _RUN = 4, 1024  # of each tensor, and their elements
@@ -22,6 +22,9 @@ _DTYPES = {str(dtype).removeprefix("torch.") for dtype in DELTA_DTYPES}
 class Baseline:
     """A copy of every tensor as of `version`; None while there is none, or it is being made. `chain` has the deltas
     that led to it."""
+
+    reads_along = True
+    """Whether all that is read to be sent has to be given to `write` too."""
 
     def __init__(self) -> None:
         self.version: int | None = None

@@ -23,6 +23,7 @@ import torch
 
 from weightwire import sources, transports
 from weightwire.baseline import Baseline
+from weightwire.baseline_device import DeviceBaseline
 from weightwire.engines.base import Begun, Engine, Pause
 from weightwire.engines.find import find
 from weightwire.errors import (
@@ -41,7 +42,7 @@ from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.delta import Delta
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan, scan_tensors_any, settle
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_any, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
@@ -71,7 +72,8 @@ class Publisher:
     bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and 256 MiB over NCCL. An engine
     that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
 
-    `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas.
+    `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas;
+    `"device"` keeps it on the parameters' GPU, where the deltas are made.
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Publisher:
         adapter: str | None = None,
         transport: str | None = None,
         bucket_bytes: int | None = None,
-        baseline: Literal["host"] | None = None,
+        baseline: Literal["host", "device"] | None = None,
         lease: float = 60.0,
         deadline: float = 600.0,
     ) -> None:
@@ -94,8 +96,8 @@ class Publisher:
             raise UsageError(
                 f"lease={lease}, deadline={deadline}", next_step="Seconds: both must be positive, a lease at most 3600."
             )
-        if baseline not in (None, "host"):
-            raise UsageError(f"baseline={baseline!r}", next_step="Take 'host', or None to send no deltas.")
+        if baseline not in (None, "host", "device"):
+            raise UsageError(f"baseline={baseline!r}", next_step="Take 'host' or 'device', or None to send no deltas.")
         # The ranks wait for each other a little longer than rank 0 waits for engines, whose error then reaches all.
         self._source = sources.find(source, timeout=deadline + _SLACK_SECONDS)
         self._leads = self._source.ranks is None or self._source.ranks.rank == 0
@@ -121,7 +123,9 @@ class Publisher:
             raise UnsupportedError(
                 "no deltas of weights that are spread over ranks yet", next_step="Leave `baseline` out."
             )
-        self._baseline = None if baseline is None or is_adapter else Baseline()
+        self._baseline: Baseline | None = None
+        if baseline is not None and not is_adapter:
+            self._baseline = DeviceBaseline(self._source) if baseline == "device" else Baseline()
         self._apart = False  # a commit has failed, and engines may be at different versions since
         self._unsure: tuple[int, list[Delta]] | None = None  # what it would have made, where it was a delta
 
@@ -549,7 +553,7 @@ class _Run:
             self._on_leader(self._finish)
             return settle(scans)
         ahead: list[torch.Tensor] = []
-        plain = self._ranks is None and self.deltas is None and self._baseline is None
+        plain = self._ranks is None and self.deltas is None and not (self._baseline and self._baseline.reads_along)
         if plain and self._publisher._weights.device.type == "cuda":
             # On a GPU, one launch for all is much cheaper than one for each piece.
             ahead = self._whole()
@@ -594,7 +598,7 @@ class _Run:
     def _fill(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         if self.deltas is not None:
             out.copy_(self.deltas[tensor].data[start : start + out.numel()])
-            return scan(out, start)
+            return scan_any(out, start)
         scanned = self._read(tensor, start, out)
         if self._baseline is not None and out.device.type != "meta":
             self._baseline.write(tensor, start, out)

@@ -116,7 +116,7 @@ def _sums(word, low, high):  # type: ignore[no-untyped-def]
     return tl.sum(word * low).to(tl.int64, bitcast=True), tl.sum(word * high).to(tl.int64, bitcast=True)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["capacity", "total"])  # type: ignore[untyped-decorator]
 def detect(  # type: ignore[no-untyped-def]
     lines,
     segments,
@@ -315,7 +315,7 @@ def write(blocks, begins, keys, steps, target, FIELDS: tl.constexpr, CHUNK: tl.c
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def read_table(lines, ofs, numbers, counts, words, blocks, FIELDS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the tables say of every block: its changes and its words. `ofs` and `numbers`: its line, and its number
     there. A line is as `read` takes it."""
@@ -358,7 +358,7 @@ def _field(data, at, stop, length):  # type: ignore[no-untyped-def]
     return _window(data, at, stop) & ((tl.full((), 1, tl.int64) << length) - 1)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def read(  # type: ignore[no-untyped-def]
     lines, ofs, numbers, counts, begins, words, word_ats, keys, steps, wrong, blocks, FIELDS: tl.constexpr,
     LANES: tl.constexpr,

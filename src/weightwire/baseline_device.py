@@ -1,0 +1,155 @@
+"""What a trainer published last, kept on the GPU that its parameters are on: compared and encoded there.
+
+The comparison reads the parameters themselves and the copy of them, once each; only the deltas leave the GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from weightwire.baseline import Baseline, Read
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.sources.base import Source
+from weightwire.updates.boxes import Rows
+from weightwire.updates.delta import Delta
+from weightwire.updates.digest import Scan, scan_tensors_any, settle
+from weightwire.updates.manifest import TensorSpec
+
+__all__ = ["DeviceBaseline"]
+
+_BATCH = 1 << 30  # elements that are compared together: what that takes beyond the copy is bounded
+_SAMPLED, _SAMPLE = 64, 4096  # tensors, and elements of each
+
+
+class DeviceBaseline(Baseline):
+    """`Baseline` of a source whose tensors are whole and on one GPU; else it raises `UnsupportedError`, by name."""
+
+    reads_along = False
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+        self._written = False
+        self._device = next(iter(self._current().values())).device
+
+    def density(self, read: Read) -> float:
+        news = self._news()
+        every = max(len(news) // _SAMPLED, 1)
+        looked, changed = 0, torch.zeros((), dtype=torch.float64, device=self._device)
+        for base, new in list(zip(self._tensors, news, strict=True))[::every]:
+            step = max(base.numel() // _SAMPLE, 1)
+            if base.numel():
+                changed += (_bits(base)[::step] != _bits(new)[::step]).double().mean() * base.numel()
+            looked += base.numel()
+        return float(changed) / looked if looked else 0.0
+
+    def encode(self, read: Read, *, finite: bool) -> list[Delta]:
+        from weightwire.updates.delta_cuda import encode_all  # needs Triton
+
+        news, deltas = self._news(), []
+        for first, last in _batches([new.numel() for new in news]):
+            names = [spec.name for spec in self._specs[first:last]]
+            made = encode_all(names, self._tensors[first:last], news[first:last])
+            for number, (name, (delta, nonfinite)) in enumerate(zip(names, made, strict=True), first):
+                if finite and nonfinite:
+                    raise NonFinite(
+                        f"NaN or Inf in {name} ({nonfinite} of {delta.numel})",
+                        phase="stage",
+                        next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+                    )
+                if delta.before != self._digests[number]:
+                    raise VerificationError(
+                        f"{name}: what was published last is no longer what is kept of it",
+                        phase="stage",
+                        next_step="Publish with kind='dense'.",
+                    )
+                deltas.append(delta)
+        return deltas
+
+    def advance(self, version: int, deltas: Sequence[Delta]) -> None:
+        from weightwire.updates.delta_cuda import decode_all
+        from weightwire.updates.patch_cuda import Patches, Site
+
+        self.version = None
+        for first, last in _batches([delta.numel for delta in deltas]):
+            here = [dataclasses.replace(d, data=d.data.to(self._device)) for d in deltas[first:last]]
+            changes = decode_all([spec.name for spec in self._specs[first:last]], here)
+            rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in self._tensors[first:last]]
+            sites = [Site(n, r, self._tensors[first + n].data_ptr()) for n, r in enumerate(rows)]
+            patches = Patches(here, changes, sites)
+            patches.look()
+            patches.write()
+        self._digests = [delta.after for delta in deltas]
+        self.version = version
+
+    def start(self, specs: tuple[TensorSpec, ...], *parts: object) -> None:
+        self.version, self._written = None, False
+        self._device = next(iter(self._current().values())).device
+        if specs != self._specs or any(tensor.device != self._device for tensor in self._tensors):
+            self._specs, self._tensors = specs, []  # before there are new ones
+            self._tensors = [
+                torch.empty(spec.numel, dtype=getattr(torch, spec.dtype), device=self._device) for spec in specs
+            ]
+
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        super().write(tensor, start, data)
+        self._written = True
+
+    def finish(self, version: int, scans: Sequence[Scan]) -> None:
+        """What nobody has written is as the parameters are."""
+        if not self._written:
+            for base, new in zip(self._tensors, self._news(), strict=True):
+                base.copy_(new)
+        self._digests = [scanned.digest for scanned in scans]
+        kept = settle(scan_tensors_any(self._tensors))
+        # Weights that changed while they were published are no base for a delta.
+        self.version = version if [scanned.digest for scanned in kept] == self._digests else None
+
+    def _current(self) -> dict[str, torch.Tensor]:
+        whole = getattr(self._source, "whole", None)
+        specs = self._source.metadata()
+        tensors = None if whole is None or self._source.ranks is not None else whole()
+        if not tensors:
+            raise UnsupportedError(
+                f"baseline='device': {type(self._source).__name__} does not have its tensors whole on a GPU",
+                next_step="Take baseline='host'.",
+            )
+        named = {spec.name: tensor.detach() for spec, tensor in zip(specs, tensors, strict=True)}
+        device = tensors[0].device
+        for name, tensor in named.items():
+            if tensor.device.type not in _DEVICES or tensor.device != device or not tensor.is_contiguous():
+                raise UnsupportedError(
+                    f"baseline='device': {name} is on {tensor.device} with strides {tensor.stride()}",
+                    next_step="All tensors must be contiguous on one GPU; else take baseline='host'.",
+                )
+        return named
+
+    def _news(self) -> list[torch.Tensor]:
+        named = self._current()
+        return [named[spec.name].view(-1) for spec in self._specs]
+
+
+_DEVICES = {"cuda"}
+
+
+def _bits(elements: torch.Tensor) -> torch.Tensor:
+    return elements.view(torch.int16 if elements.element_size() == 2 else torch.int32)
+
+
+def _batches(numels: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours, so many that they have `_BATCH` elements at most, or one.
+
+    >>> list(_batches([1 << 29, 1 << 29, 1 << 31, 7, 8]))
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    first = held = 0
+    for number, numel in enumerate(numels):
+        if number > first and held + numel > _BATCH:
+            yield first, number
+            first, held = number, 0
+        held += numel
+    if first < len(numels):
+        yield first, len(numels)

@@ -1,0 +1,97 @@
+"""A trainer's baseline on its GPU: what it encodes leads to what was published, also after other deltas."""
+
+import pytest
+import torch
+from tests.kernels.device import DEVICE
+
+from weightwire import baseline_device
+from weightwire.baseline_device import DeviceBaseline
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.sources.tensors import TensorSource
+from weightwire.updates.delta import decode, parse
+from weightwire.updates.digest import scan
+
+
+@pytest.fixture(autouse=True)
+def anywhere(monkeypatch):
+    monkeypatch.setattr(baseline_device, "_DEVICES", {DEVICE.type})
+    monkeypatch.setattr(baseline_device, "_BATCH", 100)
+
+
+@pytest.fixture
+def tensors():
+    generator = torch.Generator().manual_seed(1)
+    made = {"a": torch.randn(8, 9, generator=generator).bfloat16(), "b": torch.randn(70, generator=generator)}
+    return {name: tensor.to(DEVICE) for name, tensor in {**made, "none": torch.zeros(0), "one": torch.ones(())}.items()}
+
+
+def started(tensors):
+    source = TensorSource(tensors)
+    baseline = DeviceBaseline(source)
+    baseline.start(tuple(source.metadata()))
+    baseline.finish(1, [scan(tensor.cpu()) for tensor in tensors.values()])
+    assert baseline.version == 1
+    return baseline
+
+
+def unread(*arguments):
+    raise AssertionError("it looks at the parameters themselves")
+
+
+def test_versions_follow_each_other(tensors):
+    baseline = started(tensors)
+    engine = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    for version in (2, 3):
+        tensors["a"][version, ::3] *= -1.5
+        tensors["b"][version::30] += 1
+        assert 0 < baseline.density(unread) < 0.2
+        deltas = baseline.encode(unread, finite=True)
+        for (name, live), delta in zip(engine.items(), deltas, strict=True):
+            decode(name, parse(name, delta.data.cpu()), live).apply(live)
+            assert torch.equal(live, tensors[name].cpu())
+        baseline.advance(version, deltas)
+        assert baseline.version == version
+    assert [delta.count for delta in baseline.encode(unread, finite=True)] == [0, 0, 0, 0]
+    assert baseline.density(unread) == 0
+
+
+def test_what_was_published_last_may_come_from_elsewhere(tensors):
+    source = TensorSource(tensors)
+    baseline = DeviceBaseline(source)
+    base = [torch.zeros_like(tensor).view(-1).cpu() for tensor in tensors.values()]
+    baseline.start(tuple(source.metadata()))
+    for number, tensor in enumerate(base):
+        baseline.write(number, 0, tensor)
+    baseline.finish(7, [scan(tensor) for tensor in base])
+    assert baseline.version == 7
+    assert [delta.count for delta in baseline.encode(unread, finite=True)] == [72, 70, 0, 1]
+
+
+def test_weights_that_change_meanwhile_are_no_base(tensors):
+    source = TensorSource(tensors)
+    baseline = DeviceBaseline(source)
+    baseline.start(tuple(source.metadata()))
+    scans = [scan(tensor.cpu()) for tensor in tensors.values()]
+    tensors["a"][0, 0] += 1
+    baseline.finish(1, scans)
+    assert baseline.version is None
+
+
+def test_a_harmed_copy_and_nan_are_noticed(tensors):
+    baseline = started(tensors)
+    tensors["b"][3] = float("nan")
+    with pytest.raises(NonFinite, match="NaN or Inf in b"):
+        baseline.encode(unread, finite=True)
+    assert baseline.encode(unread, finite=False)[1].count == 1
+    baseline._tensors[0][5] += 1
+    with pytest.raises(VerificationError, match="a: what was published last is no longer what is kept of it"):
+        baseline.encode(unread, finite=False)
+
+
+def test_what_is_not_on_a_gpu_is_refused_by_name(tensors, monkeypatch):
+    tensors["a"] = tensors["a"].T
+    with pytest.raises(UnsupportedError, match="baseline='device': a is on"):
+        DeviceBaseline(TensorSource(tensors))
+    monkeypatch.setattr(baseline_device, "_DEVICES", {"cuda"})
+    with pytest.raises(UnsupportedError, match="baseline='device': w is on cpu"):
+        DeviceBaseline(TensorSource({"w": torch.zeros(3)}))
