@@ -73,7 +73,7 @@ class DeviceBaseline(Baseline):
         from weightwire.updates.delta_cuda import decode_all
         from weightwire.updates.patch_cuda import Patches, Site
 
-        self.version = None
+        start, self.version = self.version, None
         for first, last in _batches([delta.numel for delta in deltas]):
             here = [dataclasses.replace(d, data=d.data.to(self._device)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
@@ -84,9 +84,12 @@ class DeviceBaseline(Baseline):
             patches.write()
         self._digests = [delta.after for delta in deltas]
         self.version = version
+        if start is not None:
+            self.chain.add(start, deltas)
 
     def start(self, specs: tuple[TensorSpec, ...], *parts: object) -> None:
         self.version, self._written = None, False
+        self.chain.clear()
         self._device = next(iter(self._current().values())).device
         if specs != self._specs or any(tensor.device != self._device for tensor in self._tensors):
             self._specs, self._tensors = specs, []  # before there are new ones

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.kernels.device import DEVICE
 
-from weightwire import baseline_device
+from weightwire import baseline_device, chain
 from weightwire.baseline_device import DeviceBaseline
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
@@ -53,6 +53,22 @@ def test_versions_follow_each_other(tensors):
         assert baseline.version == version
     assert [delta.count for delta in baseline.encode(unread, finite=True)] == [0, 0, 0, 0]
     assert baseline.density(unread) == 0
+
+
+def test_an_engine_that_missed_a_delta_is_brought_on_by_one(tensors, monkeypatch):
+    monkeypatch.setattr(chain, "_SHARE", 100)  # a delta's own header is more than such tensors
+    baseline = started(tensors)
+    engine = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    tensors["a"][2, ::3] *= -1.5
+    baseline.advance(2, baseline.encode(unread, finite=True))
+    tensors["b"][2::30] += 1
+    steps, deltas = baseline.chain.since(1, baseline.encode(unread, finite=True))
+    for (name, live), delta in zip(engine.items(), deltas, strict=True):
+        decode(name, parse(name, delta.data.cpu()), live).apply(live)
+        assert torch.equal(live, tensors[name].cpu())
+    assert steps == 2
+    baseline.start(tuple(TensorSource(tensors).metadata()))
+    assert baseline.chain.nbytes == 0
 
 
 def test_what_was_published_last_may_come_from_elsewhere(tensors):
