@@ -136,6 +136,12 @@ def test_dense_is_sent_where_that_is_smaller(engine_of: Any) -> None:
         assert same(engine.model, weights)
 
 
+def test_a_baseline_on_a_gpu_wants_the_weights_on_one(engine_of: Any) -> None:
+    engine = engine_of()
+    with pytest.raises(ww.UnsupportedError, match=r"baseline='device': .* is on cpu"):
+        ww.Publisher(first(engine), engine, baseline="device")
+
+
 def test_without_a_baseline_everything_is_sent(engine_of: Any) -> None:
     engine = engine_of()
     with ww.Publisher(first(engine), engine) as publisher:

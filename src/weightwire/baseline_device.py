@@ -77,9 +77,10 @@ class DeviceBaseline(Baseline):
         for first, last in _batches([delta.numel for delta in deltas]):
             here = [dataclasses.replace(d, data=d.data.to(self._device)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
-            rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in self._tensors[first:last]]
-            sites = [Site(n, r, self._tensors[first + n].data_ptr()) for n, r in enumerate(rows)]
-            patches = Patches(here, changes, sites)
+            to = self._tensors[first:last]
+            rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in to]
+            sites = [Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(to, rows, strict=True))]
+            patches = Patches(changes, sites)
             patches.look()
             patches.write()
         self._digests = [delta.after for delta in deltas]

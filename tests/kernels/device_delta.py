@@ -1,5 +1,7 @@
 """Deltas into live parameters by the copy plan: slices, fused matrices, and back, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from tests.kernels.device import DEVICE
@@ -81,6 +83,13 @@ class Rank:
         self.held = Held()
         self.dense(full)
 
+    def again(self):
+        """Another that holds the same."""
+        other = copy.copy(self)
+        other.plan, other.held = copy.deepcopy(self.plan), Held(self.held.plan, self.held.version)
+        other.live = {name: tensor.clone() for name, tensor in self.live.items()}
+        return other
+
     def places(self):
         return {name: [tensor] for name, tensor in self.live.items()}
 
@@ -124,12 +133,18 @@ def first():
     return weights(1)
 
 
-@pytest.fixture
-def rank(first):
-    made = Rank(first)
+@pytest.fixture(scope="module")
+def proven():
+    """Made once: the interpreter takes seconds for each digest."""
+    made = Rank(weights(1))
     made.live["rows"][0] = 7.0
-    assert made.holds(first)
+    assert made.holds(weights(1))
     return made
+
+
+@pytest.fixture
+def rank(proven):
+    return proven.again()
 
 
 def test_deltas_follow_each_other(rank, first):

@@ -29,6 +29,21 @@ class FaultyWorker(WorkerExtension):
 
         staged.commit = fail
 
+    def fail_next_delta(self, rank: int) -> None:
+        """The next delta's commit into live parameters on a GPU fails on one rank, after all of it was written."""
+        from weightwire.engines.vllm.device_delta import DeviceDelta
+
+        worker = self
+        commit = DeviceDelta.commit
+
+        def fail(this: DeviceDelta) -> None:
+            DeviceDelta.commit = commit  # type: ignore[method-assign]
+            commit(this)
+            if worker.rank == rank:  # type: ignore[attr-defined]
+                raise RuntimeError("injected")
+
+        DeviceDelta.commit = fail  # type: ignore[method-assign]
+
     def fail_next_adapter(self, rank: int, step: str) -> None:
         """The next adapter's staged copy fails at `step` (write, seal, check, commit) on one rank."""
         from weightwire.engines.vllm import adapters

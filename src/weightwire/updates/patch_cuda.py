@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from weightwire.updates.boxes import Rows
-from weightwire.updates.delta import Delta
 from weightwire.updates.delta_cuda import Changes
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.rice_cuda import factors, key_of, moved
@@ -27,10 +26,11 @@ _LOOK, _WRITE, _UNDO = 0, 1, 2
 
 
 class Site(NamedTuple):
-    """Rows of delta number `delta`'s tensor, `rows.first` counted in its elements, that are in memory at `address`,
-    from which `rows.second` counts, in elements too."""
+    """Rows of the tensor of delta number `delta`, `rows.first` counted in its elements, that are in memory at
+    `address`, from which `rows.second` counts, in elements too. A delta of all of the tensor."""
 
     delta: int
+    dtype: torch.dtype
     rows: Rows
     address: int
 
@@ -38,7 +38,7 @@ class Site(NamedTuple):
 class Patches:
     """The changes of deltas at their sites, which must not overlap in memory and stay where they are."""
 
-    def __init__(self, deltas: Sequence[Delta], changes: Changes, sites: Sequence[Site]) -> None:
+    def __init__(self, changes: Changes, sites: Sequence[Site]) -> None:
         self._device = changes.keys.device
         self._keys, self._steps = changes.keys, changes.steps
         self._sites = len(sites)
@@ -47,13 +47,12 @@ class Patches:
         lasts = [first + _extent(site.rows) for first, site in zip(firsts, sites, strict=True)]
         bounds = torch.tensor([firsts, lasts], dtype=torch.int64, device=self._device)
         begins, ends = torch.searchsorted(self._keys, bounds).tolist()
-        widths = [deltas[site.delta].dtype.itemsize for site in sites]
+        widths = [site.dtype.itemsize for site in sites]
         for width in sorted(set(widths)):
             mine = [n for n, other in enumerate(widths) if other == width and begins[n] < ends[n]]
             if mine:
-                rows = [_line(deltas[sites[n].delta], sites[n], n, firsts[n], begins[n], ends[n]) for n in mine]
+                rows = [_line(sites[n], n, firsts[n], begins[n], ends[n]) for n in mine]
                 self._parts.append((8 * width, *self._ready(np.array(rows, np.int64))))
-        self.nbytes = sum(olds.nbytes for *_, olds in self._parts) + self._keys.nbytes + self._steps.nbytes
 
     def look(self) -> list[Pending]:
         """Note what stands where changes go. Of each site: what they add to its digest, and how many NaN and Inf they
@@ -93,12 +92,12 @@ def _extent(rows: Rows) -> int:
     return (rows.count - 1) * rows.first_pitch + rows.width
 
 
-def _line(delta: Delta, site: Site, number: int, first: int, begin: int, end: int) -> tuple[int, ...]:
-    itemsize, rows = delta.dtype.itemsize, site.rows
-    exponent = word_facts(delta.dtype)[0] & ((1 << 8 * itemsize) - 1)
+def _line(site: Site, number: int, first: int, begin: int, end: int) -> tuple[int, ...]:
+    itemsize, rows = site.dtype.itemsize, site.rows
+    exponent = word_facts(site.dtype)[0] & ((1 << 8 * itemsize) - 1)
     return (
         begin, end, 0, first, rows.first_pitch, rows.width, site.address + rows.second * itemsize, rows.second_pitch,
-        delta.start + rows.first, exponent, number,
+        rows.first, exponent, number,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ became what they should is checked after. Where it holds all of a tensor, the de
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,9 +16,9 @@ from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.device import Held, Region, Version, synchronize, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
-from weightwire.updates.boxes import rows_of, strides_of
+from weightwire.updates.boxes import Rows, rows_of, strides_of
 from weightwire.updates.delta import DELTA_DTYPES, Delta
-from weightwire.updates.delta_cuda import decode_all, parse_all
+from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import NO_DIGEST, Digest, Scan, settle
 from weightwire.updates.digest_cuda import table
 from weightwire.updates.manifest import Manifest
@@ -66,10 +67,11 @@ class DeviceDelta(ArrivingDelta):
         self._check_bases(deltas)
         if not deltas:
             return
+        _warm_up(self._device)
         changes = decode_all(names, deltas)
         self._bytes.clear()
         sites = [(n, site) for n, region in enumerate(self._regions) for site in _sites(region)]
-        self._patches = Patches(deltas, changes, [site for _, site in sites])
+        self._patches = Patches(changes, [site for _, site in sites])
         found = [Scan(NO_DIGEST, 0)] * len(self._regions)
         for (n, _), scan in zip(sites, settle(self._patches.look()), strict=True):
             found[n] += scan
@@ -166,8 +168,25 @@ def _refuse(regions: Sequence[Region], plan: Plan) -> None:
             )
 
 
+@functools.cache
+def _warm_up(device: torch.device) -> None:
+    """Compile what a commit runs, before an engine stands still for it."""
+    changes = Changes(
+        keys=torch.zeros(1, dtype=torch.int64, device=device), steps=torch.ones(1, dtype=torch.int32, device=device),
+        ends=[0, 1], origins=[0],
+    )  # fmt: skip
+    for dtype in DELTA_DTYPES:
+        spare = torch.zeros(1, dtype=dtype, device=device)
+        patches = Patches(changes, [Site(0, dtype, Rows(0, 0, 1, 1, 1, 0), spare.data_ptr())])
+        patches.look()
+        patches.write()
+        patches.undo()
+
+
 def _sites(region: Region) -> list[Site]:
     strides = strides_of(region.spec.shape)
     start = sum(at * stride for at, stride in zip(region.copy.source.start, strides, strict=True))
     rows = rows_of(region.copy.source.shape, strides, region.copy.strides)
-    return [Site(region.number, part._replace(first=start + part.first), region.target) for part in rows]
+    return [
+        Site(region.number, region.live.dtype, part._replace(first=start + part.first), region.target) for part in rows
+    ]

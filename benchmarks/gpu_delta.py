@@ -1,0 +1,86 @@
+"""Deltas of a Qwen3-8B-shaped model on one GPU, made and applied: no engine, no transport.
+
+    python benchmarks/gpu_delta.py [--share 0.01] [--runs 10] [--out FILE]
+
+`encode`: compare, encode, and bring the bytes to the host. `before`: the digests of the live weights. `decode`: the
+bytes, already on the GPU, checked, decoded and looked up in the weights; the weights' digests with them. `apply`: the
+new values written. A step moves each changed element by one unit in the last place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu import weights
+from weightwire.updates.boxes import Rows
+from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
+from weightwire.updates.digest import scan_tensors_any, settle
+from weightwire.updates.patch_cuda import Patches, Site
+
+
+def timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    result = work()
+    torch.cuda.synchronize()
+    times.setdefault(name, []).append(1000 * (time.perf_counter() - started))
+    return result
+
+
+def step(tensor: torch.Tensor, share: float) -> None:
+    bits = tensor.view(-1).view(torch.int16)
+    for part in bits.split(1 << 26):
+        part += (torch.rand(part.shape, device=part.device) < share).to(torch.int16)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--share", type=float, default=0.01)
+    parser.add_argument("--runs", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    device = torch.device("cuda", 0)
+    live = list(weights(device).values())
+    names = [f"w{n}" for n in range(len(live))]
+    times: dict[str, list[float]] = {}
+    for _ in range(args.runs + 2):
+        news = [tensor.clone() for tensor in live]
+        for new in news:
+            step(new, args.share)
+        made = timed(times, "encode", lambda news=news: encode_all(names, live, news))
+        deltas = [delta for delta, _ in made]
+        nbytes = sum(delta.nbytes for delta in deltas)
+        data = [delta.data.to(device) for delta in deltas]
+        timed(times, "before", lambda: settle(scan_tensors_any(live)))
+
+        def decode(data: list[torch.Tensor] = data) -> Patches:
+            changes = decode_all(names, parse_all(names, data))
+            rows = [Rows(0, 0, 1, t.numel(), t.numel(), 0) for t in live]
+            sites = [Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(live, rows, strict=True))]
+            patches = Patches(changes, sites)
+            settle(patches.look())
+            return patches
+
+        timed(times, "decode", decode)
+        timed(times, "apply", decode().write)
+        if not all(torch.equal(one, other) for one, other in zip(live, news, strict=True)):
+            raise SystemExit("what was decoded is not what was encoded")
+        peak = torch.cuda.max_memory_allocated(device)
+    medians = {name: statistics.median(each[2:]) for name, each in times.items()}
+    dense = sum(tensor.nbytes for tensor in live)
+    facts = {"device": torch.cuda.get_device_name(device), "GB": dense / 1e9, "delta_GB": nbytes / 1e9}
+    print(json.dumps({**facts, "peak_GB": peak / 1e9, "median_ms": medians}))
+    if args.out:
+        args.out.write_text(json.dumps({**facts, "share": args.share, "ms": times}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
