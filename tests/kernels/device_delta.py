@@ -77,8 +77,8 @@ class Rank:
         )
         self.plan = Plan([COPIES[name] for name in full])
         for copies in self.plan.copies:
-            for copy in copies:
-                self.plan.covered[copy.parameter] += torch.Size(copy.source.shape).numel()
+            for each in copies:
+                self.plan.covered[each.parameter] += torch.Size(each.source.shape).numel()
         self.live = {name: tensor.to(DEVICE) for name, tensor in slices({n: 0 * t for n, t in full.items()}).items()}
         self.held = Held()
         self.dense(full)
