@@ -1,4 +1,7 @@
-"""What a trainer published last, kept on the host, so that the next update can be the delta from it."""
+"""What a trainer published last, kept on the host, so that the next update can be the delta from it.
+
+Of weights that are spread over ranks each rank keeps its own part, and encodes that.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 
 from weightwire.chain import Chain
 from weightwire.errors import NonFinite, VerificationError
+from weightwire.updates.boxes import Part
 from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estimate
 from weightwire.updates.digest import Digest, Pending, Scan, settle
 from weightwire.updates.manifest import TensorSpec
@@ -21,7 +25,8 @@ _DTYPES = {str(dtype).removeprefix("torch.") for dtype in DELTA_DTYPES}
 
 class Baseline:
     """A copy of every tensor as of `version`; None while there is none, or it is being made. `chain` has the deltas
-    that led to it."""
+    that led to it. With `parts` it is of these parts of the tensors alone, and in their elements all is read and
+    written."""
 
     reads_along = True
     """Whether all that is read to be sent has to be given to `write` too."""
@@ -30,28 +35,36 @@ class Baseline:
         self.version: int | None = None
         self.chain = Chain()
         self._specs: tuple[TensorSpec, ...] = ()
+        self._parts: tuple[Part, ...] = ()
+        self._spread = False
         self._tensors: list[torch.Tensor] = []
         self._digests: list[Digest] = []
 
-    def refusal(self, specs: tuple[TensorSpec, ...]) -> str | None:
+    @property
+    def numel(self) -> int:
+        return sum(tensor.numel() for tensor in self._tensors)
+
+    def refusal(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> str | None:
         """Why there is no delta from here to tensors of these specs."""
         if self.version is None:
             return "nothing was published before that a delta could start from"
         if specs != self._specs:
             return "the tensors are not those of the version before"
+        if parts and parts != self._parts:
+            return "the tensors are spread over the ranks otherwise than those of the version before"
         odd = next((spec for spec in specs if spec.dtype not in _DTYPES), None)
         return None if odd is None else f"{odd.name} is {odd.dtype}, of which there is no delta"
 
     def density(self, read: Read) -> float:
         """About which share of the elements that `read(tensor, start, out)` gives has changed: of runs all over."""
         looked = changed = 0.0
-        for number, (spec, base) in enumerate(zip(self._specs, self._tensors, strict=True)):
+        for number, base in enumerate(self._tensors):
             for place in range(_SAMPLES):
-                start = max(spec.numel - _RUN, 0) * place // (_SAMPLES - 1)
+                start = max(base.numel() - _RUN, 0) * place // (_SAMPLES - 1)
                 run = base[start : start + _RUN]
                 new = torch.empty_like(run)
                 read(number, start, new)
-                weight = spec.numel / _SAMPLES
+                weight = base.numel() / _SAMPLES
                 looked += weight
                 changed += weight * estimate(run, new)[0]
         return changed / looked if looked else 0.0
@@ -61,16 +74,17 @@ class Baseline:
         deltas: list[Delta] = []
         # One memory for all tensors: fresh pages for each took four times as long as all the rest.
         room = torch.empty(max((base.nbytes for base in self._tensors), default=0), dtype=torch.uint8)
-        for number, (spec, base, before) in enumerate(zip(self._specs, self._tensors, self._digests, strict=True)):
+        for number, (spec, part) in enumerate(zip(self._specs, self._parts, strict=True)):
+            base, before = self._tensors[number], self._digests[number]
             new = room[: base.nbytes].view(base.dtype)
             scanned = settle([read(number, 0, new)])[0]
             if finite and scanned.nonfinite:
                 raise NonFinite(
-                    f"NaN or Inf in {spec.name} ({scanned.nonfinite} of {spec.numel})",
+                    f"NaN or Inf in {spec.name} ({scanned.nonfinite} of {base.numel()})",
                     phase="stage",
                     next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
                 )
-            deltas.append(encode(spec.name, base, new, before=before))
+            deltas.append(encode(spec.name, base, new, part=part, before=before))
             if deltas[-1].after != scanned.digest:
                 raise VerificationError(
                     f"{spec.name}: what was published last is no longer what is kept of it, or the weights change",
@@ -84,22 +98,37 @@ class Baseline:
         start, self.version = self.version, None
         for number, delta in enumerate(deltas):
             base = self._tensors[number]
-            decode(self._specs[number].name, delta, base, before=delta.before).apply(base)
+            name, part = self._specs[number].name, self._parts[number]
+            decode(name, delta, base, part=part, before=delta.before).apply(base)
             self._digests[number] = delta.after
         self.version = version
-        if start is not None:
+        if start is not None and not self._spread:
             self.chain.add(start, deltas)
 
-    def start(self, specs: tuple[TensorSpec, ...]) -> None:
+    def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         """Make room for tensors that are published whole; `write` and then `finish` follow."""
         self.version = None
         self.chain.clear()
-        if specs != self._specs:
-            self._specs = specs
-            self._tensors = [torch.empty(spec.numel, dtype=getattr(torch, spec.dtype)) for spec in specs]
+        self._spread = bool(parts)
+        parts = parts or tuple(Part.whole(spec.shape) for spec in specs)
+        if (specs, parts) != (self._specs, self._parts):
+            self._specs, self._parts = specs, parts
+            self._tensors = [
+                torch.empty(part.numel, dtype=getattr(torch, spec.dtype))
+                for spec, part in zip(specs, parts, strict=True)
+            ]
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._tensors[tensor][start : start + data.numel()].copy_(data.reshape(-1))
+
+    def take(self, read: Read) -> list[Scan]:
+        """Write all that `read` gives; its scans."""
+        scans: list[Scan] = []
+        for number, tensor in enumerate(self._tensors):
+            data = torch.empty(tensor.numel(), dtype=tensor.dtype)
+            scans += settle([read(number, 0, data)])
+            self.write(number, 0, data)
+        return scans
 
     def finish(self, version: int, scans: Sequence[Scan]) -> None:
         self._digests = [scanned.digest for scanned in scans]

@@ -16,13 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, cast
 
 import msgspec
 import torch
 
 from weightwire import sources, transports
-from weightwire.baseline import Baseline
+from weightwire.baseline import Baseline, Read
 from weightwire.baseline_device import DeviceBaseline
 from weightwire.engines.base import Begun, Engine, Pause
 from weightwire.engines.find import find
@@ -37,9 +37,11 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
-from weightwire.sources.base import Source
+from weightwire.sources.base import Source, SpreadSource
+from weightwire.sources.shards import collect, join_all
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name
+from weightwire.updates.boxes import NOTHING, Part
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.delta import Delta
 from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_any, scan_tensors_any, settle
@@ -119,9 +121,10 @@ class Publisher:
         self._weights = _Weights(self._source)
         self._transports = transports.make(self._weights)
         self._choices: dict[str, Choice] = {}
-        if baseline is not None and self._source.ranks is not None:
+        if baseline is not None and self._source.ranks is not None and not hasattr(self._source, "read_part"):
             raise UnsupportedError(
-                "no deltas of weights that are spread over ranks yet", next_step="Leave `baseline` out."
+                f"{type(self._source).__name__} is spread over ranks and does not say which part is whose",
+                next_step="Leave `baseline` out, or give it `parts` and `read_part`.",
             )
         self._baseline: Baseline | None = None
         if baseline is not None and not is_adapter:
@@ -190,23 +193,16 @@ class Publisher:
     def start_from(self, base: Any, version: int) -> None:
         """Take what `base` holds, a source or what `Publisher` takes as one, for what was published last, as `version`:
         the next publish can be a delta from it. For trainers that were restarted, and for checkpoints. Whether engines
-        hold the same is found out by them; they refuse a delta from anything else. Needs `baseline="host"`."""
+        hold the same is found out by them; they refuse a delta from anything else. Needs `baseline="host"`. All ranks
+        of a source that is spread over several call it together; each reads of `base` what it holds itself."""
         if self._baseline is None:
             raise UsageError("no baseline is kept", next_step="Make the Publisher with baseline='host'.")
         source = sources.find(base, timeout=self._deadline)
         if source.ranks is not None:
             raise UsageError("a base that is spread over ranks", next_step="Pass whole tensors or a checkpoint.")
-        specs = tuple(source.metadata())
-        order = _order(specs)
-        self._baseline.start(tuple(specs[n] for n in order))
-        scans = []
-        for place, number in enumerate(order):
-            whole = torch.empty(specs[number].numel, dtype=getattr(torch, specs[number].dtype))
-            scans += settle([source.read(number, 0, whole)])
-            self._baseline.write(place, 0, whole)
-        source.release()
+        with contextlib.closing(_Run(self, time.monotonic() + self._deadline, "auto")) as run:
+            run.start_from(self._baseline, source, _as_version(version))
         self._unsure = None
-        self._baseline.finish(_as_version(version), scans)
 
     def explain(self, *, timeout: float = 30.0) -> Explanation:
         """What a publish would send, and by which transport to each engine; for each other transport, why not.
@@ -255,6 +251,13 @@ def _order(specs: Sequence[TensorSpec]) -> list[int]:
     # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it does
     # for the last one is waited for.
     return sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= transports.BUCKET_BYTES)
+
+
+def _check_base(specs: Sequence[TensorSpec], base: Sequence[TensorSpec]) -> None:
+    known = set(base)
+    odd = next((spec for spec in specs if spec not in known), None)
+    if odd is not None:
+        raise UsageError(f"the base has no {odd.dtype} tensor {odd.name!r} of shape {odd.shape}")
 
 
 class _Weights:
@@ -323,6 +326,7 @@ class _Run:
         self._kind = kind
         self._why = why
         self.deltas: list[Delta] | None = None
+        self._own: list[Delta] = []
         self._step: list[Delta] = []
         self._base: int | None = None
         self._caught_up: list[_Behind] = []
@@ -330,6 +334,7 @@ class _Run:
         self._serves: dict[str, int | None] = {}
         self._source: Source = publisher._source
         self._ranks = self._source.ranks
+        self._spread = cast(SpreadSource, self._source)  # where there are ranks, and a baseline is kept
         self._engines = list(publisher._engines)
         self._deadline = deadline
         self._pool = ThreadPoolExecutor(max_workers=max(1, 2 * len(self._engines)), thread_name_prefix="weightwire")
@@ -338,6 +343,8 @@ class _Run:
         self._lent = contextlib.ExitStack()
         self._stages: list[Future[None]] = []
         self._order: list[int] = []
+        self._parts: list[Mapping[int, Part]] = []
+        self._mine: tuple[Part, ...] = ()
         self.committing = False
         self._done = False
 
@@ -345,10 +352,11 @@ class _Run:
         self, version: int, partial: bool, finite: bool, staging: Staging, pause: Pause, keep_cache: bool
     ) -> Receipt:
         marks = [time.perf_counter()]
+        baseline = self._baseline
         specs = tuple(self._everywhere(self._source.metadata))
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
-        self._order = _order(specs)
+        self._sort(specs)
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
@@ -369,29 +377,32 @@ class _Run:
             finite=finite,
             staging=staging,
             keep=self._baseline is not None and self.deltas is None and not partial and staging == "copy",
-        ).check()
-        manifest = self._from_leader(lambda: self._begin(draft), Manifest)
-        if self._baseline is not None and self.deltas is None:
-            self._baseline.start(ordered)
+        )
+        manifest = self._from_leader(lambda: self._begin(draft.check()), Manifest)
+        if baseline is not None and self.deltas is None:
+            baseline.start(ordered, self._mine)
         marks.append(time.perf_counter())
-        scans = self._stage(manifest)
+        scans = kept = self._stage(manifest)
+        if baseline is not None and self.deltas is None and self._ranks is not None:
+            kept = self._everywhere(lambda: baseline.take(self._read_own))
         behind = self._stage_behind(manifest)
         marks.append(time.perf_counter())
         self._on_leader(lambda: self._seal(scans, behind))
         marks.append(time.perf_counter())
-        self._publisher._apart = True
-        self._publisher._unsure = (version, self._step) if self._step else None
+        # From here on engines may differ, and aborting could not make them alike again.
+        self.committing = self._publisher._apart = True
+        self._publisher._unsure = (version, self._own) if self._own else None
         receipts = self._from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
         marks.append(time.perf_counter())
         seconds = {phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)}
         if self.deltas is not None:
             seconds = {"encode": encoded - marks[0], **seconds, "begin": marks[1] - encoded}
         self._done = True
-        if self._baseline is not None:
+        if baseline is not None:
             if self.deltas is None:
-                self._baseline.finish(version, scans)
+                baseline.finish(version, kept)
             else:
-                self._baseline.advance(version, self._step)
+                self._everywhere(lambda: baseline.advance(version, self._own))
         self._publisher._apart, self._publisher._unsure = False, None
         return Receipt(
             version=version,
@@ -407,27 +418,19 @@ class _Run:
         """Encode deltas, or note why not."""
         if self._kind == "dense" or (self._baseline is None and self._kind == "auto"):
             return
-        if self._baseline is None:
-            why: str | None = "no baseline is kept; make the Publisher with baseline='host'"
-        elif partial or not whole:
-            why = "a delta is of a whole model, and is staged"
-        elif any(isinstance(way, Lender) for way in self._ways().values()):
-            why = "the engine reads the weights in the trainer's own memory"
-        else:
+        if self._baseline is not None:
             self._settle(self._baseline)
-            why = self._baseline.refusal(specs)
+        why = self._everywhere(lambda: self._no_delta(specs, whole=whole and not partial))
+        if self._ranks is not None:
+            why = self._ranks.reason(why)
         if why is None and self._baseline is not None:
-            if self._kind == "auto" and (share := self._baseline.density(self._read)) > _DENSEST:
+            if self._kind == "auto" and (share := self._density(self._baseline)) > _DENSEST:
                 why = f"about {share:.0%} of the elements changed, more than the {_DENSEST:.0%} up to which deltas pay"
             else:
-                self._step = self._baseline.encode(self._read, finite=finite)
+                self._step = self._encode(self._baseline, specs, finite=finite)
                 why = self._route(self._baseline)
         if self.deltas is not None:
-            share = sum(delta.count for delta in self._step) / max(sum(delta.numel for delta in self._step), 1)
-            why = (
-                f"{share:.2%} of the elements changed, instead of {sum(s.nbytes for s in specs) / 1e6:.1f} MB"
-                + "".join(f"; {way}" for way in self._caught_up)
-            )
+            why = self._from_leader(lambda: self._summary(specs), str)
         elif self._kind == "delta":
             raise UsageError(f"no delta can be sent: {why}", next_step="Publish with kind='auto' or 'dense'.")
         self._why = why or ""
@@ -438,7 +441,7 @@ class _Run:
             self._serves = self._from_leader(self._ask_versions, dict[str, int | None])
             made, self._publisher._unsure = self._publisher._unsure, None
             if made is not None and made[0] in self._serves.values() and baseline.version is not None:
-                baseline.advance(*made)
+                self._everywhere(lambda: baseline.advance(*made))
 
     def _ask_versions(self) -> dict[str, int | None]:
         return self._each("resolve", lambda engine: engine.status(timeout=self._left()).version)
@@ -457,6 +460,67 @@ class _Run:
             first, *self._behind = ways
             self.deltas, self._base = first.deltas, first.base
         return None
+
+    def _summary(self, specs: Sequence[TensorSpec]) -> str:
+        share = sum(delta.count for delta in self._step) / max(sum(delta.numel for delta in self._step), 1)
+        ways = "".join(f"; {way}" for way in self._caught_up)
+        return f"{share:.2%} of the elements changed, instead of {sum(s.nbytes for s in specs) / 1e6:.1f} MB{ways}"
+
+    def _no_delta(self, specs: tuple[TensorSpec, ...], *, whole: bool) -> str | None:
+        """What this rank knows that forbids a delta."""
+        if self._baseline is None:
+            return "no baseline is kept; make the Publisher with baseline='host'"
+        if not whole:
+            return "a delta is of a whole model, and is staged"
+        if any(isinstance(way, Lender) for way in self._ways().values()):
+            return "the engine reads the weights in the trainer's own memory"
+        return self._baseline.refusal(specs, self._mine)
+
+    def _density(self, baseline: Baseline) -> float:
+        """About which share of the elements has changed, of all ranks."""
+        share: float = self._everywhere(lambda: baseline.density(self._read_own))
+        if self._ranks is None:
+            return share
+        tables = self._ranks.gather(torch.tensor([share * baseline.numel, baseline.numel], dtype=torch.float64))
+        changed, numel = torch.stack(tables).sum(0)
+        return float(changed / numel.clamp(1))
+
+    def _encode(self, baseline: Baseline, specs: Sequence[TensorSpec], *, finite: bool) -> list[Delta]:
+        """Every tensor's delta, on rank 0: of what each rank holds, each has encoded it."""
+        own = self._own = self._everywhere(lambda: baseline.encode(self._read_own, finite=finite))
+        if self._ranks is None:
+            return own
+        collected = collect(self._ranks, self._parts, own)
+        names = [spec.name for spec in specs]
+        return self._on_leader(lambda: join_all(names, self._parts, own, collected)) or []
+
+    def start_from(self, baseline: Baseline, base: Source, version: int) -> None:
+        """What `Publisher.start_from` does."""
+        specs = tuple(self._everywhere(base.metadata))
+        there = {spec.name: number for number, spec in enumerate(specs)}
+        if self._ranks is not None:
+            known, specs = specs, tuple(self._everywhere(self._source.metadata))
+            self._everywhere(lambda: _check_base(specs, known))
+        self._sort(specs)
+        ordered = [specs[n] for n in self._order]
+
+        def read(tensor: int, start: int, out: torch.Tensor) -> Scan:
+            spec = ordered[tensor]
+            runs = (self._mine[tensor] if self._mine else Part.whole(spec.shape)).runs()
+            scans = settle([base.read(there[spec.name], at, out[own : own + n]) for own, at, n in runs])
+            return sum(scans, Scan(NO_DIGEST, 0))
+
+        baseline.start(tuple(ordered), self._mine)
+        baseline.finish(version, self._everywhere(lambda: baseline.take(read)))
+        base.release()
+        self._done = True
+
+    def _sort(self, specs: Sequence[TensorSpec]) -> None:
+        """Settle in which order tensors are sent, and which part of each is this rank's, if they are spread."""
+        self._order = _order(specs)
+        if self._ranks is not None and self._baseline is not None:
+            self._parts = [self._spread.parts(n) for n in self._order]
+            self._mine = tuple(parts.get(self._ranks.rank, NOTHING) for parts in self._parts)
 
     def close(self) -> None:
         """Free everything, and abort what was not committed."""
@@ -597,16 +661,25 @@ class _Run:
 
     def _fill(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         if self.deltas is not None:
+            if out.device.type == "meta":
+                return Scan(NO_DIGEST, 0)
             out.copy_(self.deltas[tensor].data[start : start + out.numel()])
             return scan_any(out, start)
         scanned = self._read(tensor, start, out)
-        if self._baseline is not None and out.device.type != "meta":
+        if self._baseline is not None and self._ranks is None:
             self._baseline.write(tensor, start, out)
         return scanned
 
     def _read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        return self._guard(self._source.read, tensor, start, out)
+
+    def _read_own(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        """What this rank holds, by itself."""
+        return self._guard(self._source.read if self._ranks is None else self._spread.read_part, tensor, start, out)
+
+    def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:
-            return self._source.read(self._order[tensor], start, out)
+            return read(self._order[tensor], start, out)
         except WeightwireError:
             raise
         except Exception as error:
@@ -639,9 +712,6 @@ class _Run:
         self._each("seal", seal)
 
     def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
-        # From here on engines may differ, and aborting could not make them alike again.
-        self.committing = True
-
         def commit(engine: Engine) -> EngineReceipt:
             return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._left())
 

@@ -17,6 +17,7 @@ from weightwire.updates.adapter import plain_config
 from weightwire.updates.digest import scan
 
 SOON = 20.0
+SLOW = 120.0
 TOKENS = torch.tensor([[1, 2, 3, 4, 5]])
 
 
@@ -158,6 +159,26 @@ def publishes(rank, size, stage, dtype):
         explained = publisher.explain()
         assert explained.source == "DeepSpeedSource"
     default_group_works(size)
+
+
+def publishes_deltas(rank, size, stage):
+    engine = zero(language_model(), stage, size, rate=1e-6, bf16={"enabled": True})
+    served = ww.TransformersEngine(language_model(torch.bfloat16), name="here")
+    kinds = []
+    with ww.Publisher(engine, served if rank == 0 else None, baseline="host", deadline=SLOW) as publisher:
+        for version in range(4):
+            step(engine)
+            kinds.append(publisher.publish(version).kind)
+            full = full_state(engine)
+            assert rank or same(served.model, full)
+    assert kinds[0] == "dense"
+    assert kinds[2:] == ["delta", "delta"], kinds
+    default_group_works(size)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_each_rank_of_zero_3_encodes_its_own_partitions(lab, stage):
+    lab(publishes_deltas, 2, stage=stage, seconds=2 * SLOW)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.ranks import Model, Peak, default_group_works, reads_like
+from support.ranks import Model, Peak, default_group_works, gathered, holder, reads_like
 from weightwire.errors import SourceError, UnsupportedError
 from weightwire.sources import find
 from weightwire.updates.boxes import Box
@@ -18,20 +18,6 @@ SOON = 10.0
 
 
 # -- on every rank -----------------------------------------------------------------------------------------------------
-
-
-def gathered(module):
-    from torch.distributed.tensor import DTensor
-
-    state = module.state_dict()
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-
-
-def holder(tensors):
-    module = torch.nn.Module()
-    for name, tensor in tensors.items():
-        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-    return module
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ def talks(rank, size):
     gathered = ranks.gather(torch.full((2, 2), rank))
     assert [int(table[1, 1]) for table in gathered] == list(range(size))
 
+    assert ranks.reason(None) is None
+    assert ranks.reason(f"odd {rank}") == "odd 0"
+    assert ranks.reason("odd" if rank else None) == "rank 1: odd"
+
     if rank == 0:
         out = torch.zeros(10, dtype=torch.uint8)
         ranks.receive(out[5:], 1)

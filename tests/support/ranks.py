@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from weightwire.updates.digest import scan
 
-__all__ = ["Model", "Peak", "bits", "default_group_works", "reads_like"]
+__all__ = ["Model", "Peak", "bits", "default_group_works", "gathered", "holder", "reads_like"]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -24,6 +24,22 @@ def default_group_works(size: int) -> None:
     one = torch.ones(1)
     dist.all_reduce(one)
     assert int(one) == size
+
+
+def gathered(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state of a module with DTensors; collective."""
+    from torch.distributed.tensor import DTensor
+
+    state = module.state_dict()
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+
+
+def holder(tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """A module of these tensors, which are not trained."""
+    module = torch.nn.Module()
+    for name, tensor in tensors.items():
+        module.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+    return module
 
 
 def runs_of(numel: int, chance: random.Random) -> Iterator[tuple[int, int]]:

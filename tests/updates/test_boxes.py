@@ -1,12 +1,13 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
+from weightwire.updates.boxes import Box, Part, intersect, rectangles, strides_of
 
 
 def places(box):
@@ -21,6 +22,17 @@ def intervals(draw):
 
 
 @st.composite
+def parts(draw):
+    shape, starts, sizes = [], [], []
+    for _ in range(draw(st.integers(0, 4))):
+        start, size, rest = draw(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 3)))
+        shape.append(start + size + rest)
+        starts.append(start)
+        sizes.append(size)
+    return Part(tuple(shape), Box(tuple(starts), tuple(sizes)))
+
+
+@st.composite
 def box_pairs(draw):
     ndim = draw(st.integers(0, 4))
     box = st.builds(Box, st.tuples(*[st.integers(0, 5)] * ndim), st.tuples(*[st.integers(0, 4)] * ndim))
@@ -30,6 +42,21 @@ def box_pairs(draw):
 @given(st.lists(st.integers(0, 5), max_size=5))
 def test_strides_are_those_of_a_contiguous_tensor(shape):
     assert strides_of(shape) == torch.empty(shape).stride()
+
+
+@given(parts())
+def test_places_of_a_part_are_those_of_its_elements_in_the_tensor(part):
+    numbers = torch.arange(math.prod(part.shape)).reshape(part.shape)
+    inside = tuple(slice(a, a + n) for a, n in zip(part.box.start, part.box.shape, strict=True))
+    there = numbers[inside].reshape(-1).numpy()
+    assert part.numel == len(there)
+    assert part.places(np.arange(part.numel)).tolist() == there.tolist()
+    assert part.is_run == (part.numel == 0 or there[-1] - there[0] == part.numel - 1)
+    assert part.numel == 0 or part.start == there[0]
+    filled = np.full(part.numel, -1)
+    for own, at, length in part.runs():
+        filled[own : own + length] = np.arange(at, at + length)
+    assert filled.tolist() == there.tolist()
 
 
 @given(intervals())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 import random
@@ -21,8 +22,9 @@ from support import delta_reference as reference
 from weightwire.errors import ShapeMismatch, UsageError, VerificationError, VersionError
 from weightwire.updates import delta as delta_module
 from weightwire.updates import rice
-from weightwire.updates.delta import DELTA_DTYPES, compose, decode, encode, estimate, parse
-from weightwire.updates.digest import Digest, scan, scan_places
+from weightwire.updates.boxes import Box, Part
+from weightwire.updates.delta import DELTA_DTYPES, compose, decode, encode, estimate, join, parse
+from weightwire.updates.digest import Digest, scan, scan_box, scan_places
 
 DTYPES = list(DELTA_DTYPES)
 WIDTH = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
@@ -272,6 +274,73 @@ def test_digests_of_places_beyond_2_to_the_31_are_those_of_the_run(dtype, start)
     delta = encode("w", base, new, start=start)
     assert delta.after == scan(new, start).digest
     assert same(decoded("w", raw_of(delta), base), new)
+
+
+# Parts of a tensor, and the whole from them.
+
+
+@st.composite
+def cut_pairs(draw):
+    """Two tensors of one shape, and a grid of parts that they are cut into."""
+    base, new = draw(pairs(largest=300))
+    shape = (base.numel(),)
+    if base.numel() % 6 == 0:
+        shape = draw(st.sampled_from([(6, base.numel() // 6), (base.numel() // 6, 3, 2), (2, base.numel() // 2)]))
+    boxes = [Box((), ())]
+    for size in shape:
+        cuts = sorted({0, size, *draw(st.lists(st.integers(0, size), max_size=2))})
+        sides = list(itertools.pairwise(cuts)) or [(0, 0)]
+        boxes = [Box((*box.start, a), (*box.shape, b - a)) for box in boxes for a, b in sides]
+    return base.view(shape), new.view(shape), draw(st.permutations([Part(shape, box) for box in boxes]))
+
+
+def row_of(tensor, part):
+    inside = tuple(slice(a, a + n) for a, n in zip(part.box.start, part.box.shape, strict=True))
+    return tensor.view(part.shape)[inside].reshape(-1).contiguous()
+
+
+@settings(max_examples=CASES)
+@given(cut_pairs())
+def test_the_deltas_of_parts_join_to_that_of_the_whole_byte_for_byte(pair):
+    base, new, parts = pair
+    deltas = []
+    for part in parts:
+        rows = row_of(base, part), row_of(new, part)
+        deltas.append(encode("w", *rows, part=part))
+        digests = [scan_box(row.view(part.box.shape), part.box, part.shape).digest for row in rows]
+        assert [deltas[-1].before, deltas[-1].after] == digests
+        assert same(decoded("w", raw_of(deltas[-1]), rows[0], part=part), rows[1])
+    joined = join("w", list(zip(parts, deltas, strict=True)))
+    assert raw_of(joined) == raw_of(encode("w", base, new))
+
+
+def test_parts_beyond_2_to_the_31_join():
+    zero, half = Digest(0, 0), 1 << 32
+    parts = [Part((2, 2, half), Box((0, start, 0), (2, 1, half))) for start in (1, 0)]
+    places = [np.array([0, half - 1, half, 2 * half - 1]), np.array([7, half])]
+    deltas = [
+        delta_module._assemble(torch.bfloat16, part.start, part.numel, own, np.arange(1, own.size + 1), zero, zero)
+        for part, own in zip(parts, places, strict=True)
+    ]
+    joined = parse("w", raw_of(join("w", list(zip(parts, deltas, strict=True)))))
+    assert (joined.start, joined.numel) == (0, 4 * half)
+    found, steps = delta_module._changes_of("w", joined)
+    assert found.tolist() == [7, half, 2 * half - 1, 2 * half, 3 * half, 4 * half - 1]
+    assert steps.tolist() == [1, 1, 2, 2, 3, 4]
+
+
+def test_deltas_that_are_not_of_the_parts_of_one_tensor_do_not_join():
+    base, new = small()
+    halves = [Part((700,), Box((start,), (350,))) for start in (0, 350)]
+    deltas = [encode("w", row_of(base, half), row_of(new, half), part=half) for half in halves]
+    first, second = zip(halves, deltas, strict=True)
+    other = Part((350, 2), Box((0, 0), (175, 2)))
+    wide = encode("w", torch.zeros(350), torch.ones(350))
+    for parts in ([first], [first, second, second], [first, (halves[1], wide)], [first, (other, deltas[1])]):
+        with pytest.raises(ShapeMismatch, match="'w': the deltas of its parts are not of parts that make up"):
+            join("w", parts)
+    with pytest.raises(VersionError, match="the delta starts from elements of digest"):
+        decode("w", deltas[1], row_of(base, halves[0]), part=halves[1])
 
 
 # Harm: any byte changed, cut anywhere, too long, for another base, twice, out of order.

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from weightwire.updates.boxes import Part
 from weightwire.updates.digest import Pending, Scan, scan_and_copy, scan_any
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
     from weightwire.sources.ranks import Ranks
 
-__all__ = ["LocalSource", "Source", "spec_of", "without_aliases"]
+__all__ = ["LocalSource", "Source", "SpreadSource", "spec_of", "without_aliases"]
 
 
 class Source(Protocol):
@@ -49,6 +50,18 @@ class Source(Protocol):
 
     def release(self) -> None:
         """Let go of the tensors that `metadata` looked up, so that a trainer may free or move them."""
+
+
+class SpreadSource(Source, Protocol):
+    """A source with `ranks` of which there can be deltas, since each rank can say what of it is its own."""
+
+    def parts(self, tensor: int) -> Mapping[int, Part]:
+        """By rank, the parts that make up tensor number `tensor`, as the last `metadata` found them: the same on all
+        ranks, and each element in one part."""
+
+    def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+        """Fill `out` (1-D, on the CPU) with this rank's own elements from `start` on, in the order of its part; their
+        scan, as elements of the tensor. Not collective."""
 
 
 class LocalSource:

@@ -1,7 +1,8 @@
 """Weights spread over the trainer's ranks as DTensors: FSDP2, HSDP, tensor parallelism, and mixtures of them.
 
 No rank ever sees a full tensor. Each run that is asked for is cut into what each rank holds of it, and every rank sends
-just that to rank 0, a few MiB at a time. `sources.deepspeed` does so with what ZeRO holds.
+just that to rank 0, a few MiB at a time. `sources.deepspeed` does so with what ZeRO holds. For deltas each rank reads
+what it holds by itself, which `parts` shares out among replicas.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from weightwire.sources.peft import PeftAdapter
 from weightwire.sources.ranks import Ranks
 from weightwire.sources.tensors import state_of
 from weightwire.updates.adapter import check_adapter
-from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
+from weightwire.updates.boxes import NOTHING, Box, Part, intersect, rectangles, strides_of
 from weightwire.updates.digest import NO_DIGEST, Scan, scan_box
 from weightwire.updates.manifest import TensorSpec
 
@@ -105,6 +106,24 @@ class FsdpSource:
             # The others are in the middle of it and wait for this rank.
             self.ranks.close()
             raise _as_error(failed, repr(self._specs[tensor].name)) from failed
+        return scan
+
+    def parts(self, tensor: int) -> Mapping[int, Part]:
+        """See `SpreadSource.parts`; replicas have it in the lowest rank."""
+        shape = self._held[tensor].shape
+        return {rank: Part(shape, box) for box, rank in self._holders[tensor].items()}
+
+    def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
+        """See `SpreadSource.read_part`."""
+        part = self.parts(tensor).get(self.ranks.rank, NOTHING)
+        scan = Scan(NO_DIGEST, 0)
+        done = 0
+        for within in rectangles(part.box.shape, start, start + min(out.numel(), part.numel)):
+            box = Box(tuple(a + b for a, b in zip(part.box.start, within.start, strict=True)), within.shape)
+            mine = self._held[tensor].part(box).to("cpu")
+            out[done : done + mine.numel()].view(mine.shape).copy_(mine)
+            scan += scan_box(mine, box, part.shape)
+            done += mine.numel()
         return scan
 
     def release(self) -> None:

@@ -62,11 +62,8 @@ class Ranks:
 
     def agree(self, error: WeightwireError | None) -> None:
         """Raise on all ranks the error of the lowest rank that has one; `details["rank"]` says which. Else nothing."""
-        failed = torch.tensor(self.size if error is None else self.rank)
-        with self._waiting("the other ranks to say how they fare") as group:
-            dist.all_reduce(failed, dist.ReduceOp.MIN, group=group)
-        culprit = int(failed)
-        if culprit == self.size:
+        culprit = self._lowest(error is not None)
+        if culprit is None:
             return
         if error is None or culprit != self.rank:
             data = self._broadcast(b"", culprit, f"the error of rank {culprit}")
@@ -78,6 +75,14 @@ class Ranks:
             error.args = (error.message,)
         self._broadcast(msgspec.json.encode(error.to_wire(), enc_hook=str), culprit, "the error of this rank")
         raise error
+
+    def reason(self, why: str | None) -> str | None:
+        """What the lowest rank says that says anything, on all ranks; None where none does."""
+        speaker = self._lowest(why is not None)
+        if speaker is None:
+            return None
+        said = self._broadcast((why or "").encode(), speaker, f"what rank {speaker} says").decode()
+        return f"rank {speaker}: {said}" if speaker else said
 
     def total(self, scans: Sequence[Scan]) -> list[Scan]:
         """Element-wise sums over the ranks; every rank passes as many."""
@@ -115,6 +120,13 @@ class Ranks:
         if group is not None and dist.is_initialized():
             with contextlib.suppress(ValueError):
                 dist.destroy_process_group(group)
+
+    def _lowest(self, here: bool) -> int | None:
+        """The lowest rank that passed True."""
+        rank = torch.tensor(self.rank if here else self.size)
+        with self._waiting("the other ranks to say how they fare") as group:
+            dist.all_reduce(rank, dist.ReduceOp.MIN, group=group)
+        return None if int(rank) == self.size else int(rank)
 
     def _broadcast(self, data: bytes, source: int, what: str) -> bytes:
         with self._waiting(what) as group:

@@ -6,10 +6,14 @@ run of elements? A box is `(start, shape)`, one entry a dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-__all__ = ["Box", "Rows", "intersect", "rectangles", "rows_of", "strides_of"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NOTHING", "Box", "Part", "Rows", "intersect", "rectangles", "rows_of", "strides_of"]
 
 
 class Box(NamedTuple):
@@ -17,6 +21,65 @@ class Box(NamedTuple):
 
     start: tuple[int, ...]
     shape: tuple[int, ...]
+
+
+class Part(NamedTuple):
+    """What lies in `box` of a tensor of `shape`, its elements as one row, in row-major order.
+
+    >>> half = Part((2, 4), Box((0, 2), (2, 2)))
+    >>> half.numel, half.start, half.is_run, half.places(np.arange(4)).tolist()
+    (4, 2, False, [2, 3, 6, 7])
+    >>> Part.whole((2, 4)).is_run, NOTHING.numel
+    (True, 0)
+    """
+
+    shape: tuple[int, ...]
+    box: Box
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Part:
+        return cls(shape, Box((0,) * len(shape), shape))
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.box.shape)
+
+    @property
+    def start(self) -> int:
+        """The row-major index in the tensor of the first element."""
+        return sum(a * b for a, b in zip(self.box.start, strides_of(self.shape), strict=True))
+
+    @property
+    def is_run(self) -> bool:
+        """Whether its elements follow each other in the tensor too."""
+        inner = len(self.shape)
+        while inner and self.box.shape[inner - 1] == self.shape[inner - 1]:
+            inner -= 1
+        return all(size == 1 for size in self.box.shape[: max(inner - 1, 0)]) or not self.numel
+
+    def places(self, own: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The row-major indices in the tensor of elements, given by their numbers in the row; both ascend."""
+        if self.is_run:
+            return own + self.start
+        there = np.full_like(own, self.start)
+        for size, step, there_step in zip(
+            self.box.shape, strides_of(self.box.shape), strides_of(self.shape), strict=True
+        ):
+            there += own // step % size * there_step
+        return there
+
+    def runs(self) -> Iterator[tuple[int, int, int]]:
+        """Of runs of its elements that are runs in the tensor too: number in the row, index in the tensor, length.
+
+        >>> list(Part((2, 4), Box((0, 2), (2, 2))).runs()), list(Part.whole((2, 4)).runs())
+        ([(0, 2, 2), (2, 6, 2)], [(0, 0, 8)])
+        """
+        for rows in rows_of(self.box.shape, strides_of(self.box.shape), strides_of(self.shape)):
+            for i in range(rows.count):
+                yield rows.first + i * rows.first_pitch, self.start + rows.second + i * rows.second_pitch, rows.width
+
+
+NOTHING = Part((0,), Box((0,), (0,)))
 
 
 class Rows(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +23,10 @@ import torch
 
 from weightwire.errors import ShapeMismatch, UsageError, VerificationError, VersionError
 from weightwire.updates import rice
-from weightwire.updates.digest import Digest, scan, scan_places
+from weightwire.updates.boxes import Part
+from weightwire.updates.digest import NO_DIGEST, Digest, scan, scan_box, scan_places
 
-__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "parse", "steps_of"]
+__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "join", "parse", "steps_of"]
 
 DELTA_DTYPES: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """The dtypes that a delta may have, with their numbers in its header."""
@@ -108,11 +109,20 @@ class Patch:
         _flat(elements)[self.indices] = self.old.view(_BITS[self.old.element_size()][1])
 
 
-def encode(name: str, base: torch.Tensor, new: torch.Tensor, *, start: int = 0, before: Digest | None = None) -> Delta:
+def encode(
+    name: str,
+    base: torch.Tensor,
+    new: torch.Tensor,
+    *,
+    start: int = 0,
+    part: Part | None = None,
+    before: Digest | None = None,
+) -> Delta:
     """The delta from `base` to `new`: contiguous on the CPU, of one shape and one of the dtypes of `DELTA_DTYPES`.
 
-    `start`: the row-major index of their first element, where they are a part of the tensor `name`. `before`: the
-    digest of `base` where it is known; else it is computed. Raises `UsageError`.
+    `start`: the row-major index of their first element, where they are a run of the tensor `name`; `part` instead says
+    which part of it they are, run or not. `before`: the digest of `base` where it is known; else it is computed. Raises
+    `UsageError`.
 
     >>> base = torch.tensor([1.0, 2.0, -3.0, float("inf")], dtype=torch.bfloat16)
     >>> new = torch.tensor([1.0, 2.015625, -0.0, float("inf")], dtype=torch.bfloat16)
@@ -128,8 +138,9 @@ def encode(name: str, base: torch.Tensor, new: torch.Tensor, *, start: int = 0, 
     places, olds, news = rice.find(_aligned(_bits_of(base)), _aligned(_bits_of(new)))
     steps = np.empty(places.size, np.int64)
     rice.subtract(olds, news, 8 * base.element_size(), steps)
-    first = scan(base, start).digest if before is None else before
-    last = first + _change(base.dtype, places, olds, news, start)[0]
+    start = part.start if part else start
+    first = _digest(base, start, part) if before is None else before
+    last = first + _change(base.dtype, places, olds, news, start, part)[0]
     return _assemble(base.dtype, start, base.numel(), places, steps, first, last)
 
 
@@ -184,10 +195,13 @@ def opened(name: str, raw: torch.Tensor, head: bytes, seal: bytes, digest: Diges
     return delta
 
 
-def decode(name: str, delta: Delta, base: torch.Tensor, *, before: Digest | None = None) -> Patch:
+def decode(
+    name: str, delta: Delta, base: torch.Tensor, *, part: Part | None = None, before: Digest | None = None
+) -> Patch:
     """What `delta` does to `base`, contiguous on the CPU and left as it is; the result's digest has been checked.
 
-    `before`: the digest of `base` where it is known for sure; else it is computed.
+    `part`: as for `encode`, where it is no run. `before`: the digest of `base` where it is known for sure; else it is
+    computed.
 
     Raises `ShapeMismatch`; `VersionError` where `base` is not what the delta starts from; `VerificationError`.
 
@@ -204,7 +218,7 @@ def decode(name: str, delta: Delta, base: torch.Tensor, *, before: Digest | None
             f"{name!r}: the delta is of {delta.numel} elements of {delta.dtype}, not {base.numel()} of {base.dtype}",
             next_step="Send a delta of this very tensor.",
         )
-    here = scan(base, delta.start).digest if before is None else before
+    here = _digest(base, delta.start, part) if before is None else before
     if here != delta.before:
         raise VersionError(
             f"{name!r}: the delta starts from elements of digest {delta.before.hex()}, here is {here.hex()}",
@@ -214,7 +228,7 @@ def decode(name: str, delta: Delta, base: torch.Tensor, *, before: Digest | None
     old = _bits_of(base)[places]
     new = np.empty_like(old)
     rice.add(old, steps, 8 * delta.dtype.itemsize, new)
-    change, nonfinite = _change(delta.dtype, places, old, new, delta.start)
+    change, nonfinite = _change(delta.dtype, places, old, new, delta.start, part)
     if here + change != delta.after:
         raise VerificationError(
             f"{name!r}: after the delta its digest is {(here + change).hex()}, it should be {delta.after.hex()}",
@@ -245,6 +259,36 @@ def compose(name: str, first: Delta, then: Delta) -> Delta:
     width = 8 * first.dtype.itemsize
     places, steps = rice.merge(*_changes_of(name, first), *_changes_of(name, then), width)
     return _assemble(first.dtype, first.start, first.numel, places, steps, first.before, then.after)
+
+
+def join(name: str, parts: Sequence[tuple[Part, Delta]]) -> Delta:
+    """The delta of a whole tensor from those of the parts that make it up; none of their elements is needed.
+
+    Raises `ShapeMismatch` where they are not deltas of such parts, `VerificationError`.
+
+    >>> from weightwire.updates.boxes import Box
+    >>> base, new = torch.zeros(2, 4), torch.tensor([[0.0, 1, 0, 0], [5, 0, 0, 7]])
+    >>> halves = [Part((2, 4), Box((0, start), (2, 2))) for start in (0, 2)]
+    >>> rows = [[t[:, start : start + 2].reshape(-1) for t in (base, new)] for start in (0, 2)]
+    >>> parts = [(half, encode("w", *row, part=half)) for half, row in zip(halves, rows)]
+    >>> decode("w", join("w", parts), base).indices.tolist()
+    [1, 4, 7]
+    """
+    (part, first), *_ = parts
+    numel = math.prod(part.shape)
+    alike = all((each.shape, delta.dtype) == (part.shape, first.dtype) for each, delta in parts)
+    if not alike or any(each.numel != delta.numel for each, delta in parts) or numel != sum(d.numel for _, d in parts):
+        raise ShapeMismatch(f"{name!r}: the deltas of its parts are not of parts that make up {part.shape}")
+    parts = sorted(parts, key=lambda each: each[0].start)
+    changes = [_changes_of(name, delta) for _, delta in parts]
+    places = np.concatenate([part.places(own) for (part, _), (own, _) in zip(parts, changes, strict=True)])
+    steps = np.concatenate([steps for _, steps in changes])
+    if not all(part.is_run for part, _ in parts):
+        order = np.argsort(places)
+        places, steps = places[order], steps[order]
+    before = sum((delta.before for _, delta in parts), NO_DIGEST)
+    after = sum((delta.after for _, delta in parts), NO_DIGEST)
+    return _assemble(first.dtype, 0, numel, places, steps, before, after)
 
 
 def steps_of(name: str, delta: Delta) -> dict[int, int]:
@@ -309,10 +353,19 @@ def _change(
     old: npt.NDArray[np.unsignedinteger],
     new: npt.NDArray[np.unsignedinteger],
     start: int,
+    part: Part | None,
 ) -> tuple[Digest, int]:
+    if part is not None and not part.is_run:
+        places, start = part.places(places), 0
     indices = torch.from_numpy(places)
     came = scan_places(_elements(new, dtype), indices, start)
     return came.digest - scan_places(_elements(old, dtype), indices, start).digest, came.nonfinite
+
+
+def _digest(elements: torch.Tensor, start: int, part: Part | None) -> Digest:
+    if part is None or part.is_run:
+        return scan(elements, start).digest
+    return scan_box(elements.view(part.box.shape), part.box, part.shape).digest
 
 
 def block_bits_of(count: int, numel: int) -> int:
