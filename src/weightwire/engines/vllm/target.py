@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -177,6 +177,16 @@ def _plan_key(manifest: Manifest) -> object:
     return manifest.tensors, manifest.aliases, manifest.partial
 
 
+def _proofs(left: deque[Slot]) -> Iterator[dict[str, Proof]]:
+    """Of slots that two threads take from the same queue."""
+    while True:
+        try:
+            slot = left.popleft()
+        except IndexError:
+            return
+        yield slot.proof()
+
+
 class _Staged:
     """The staged copy of one rank. A module is made ready, on a thread of its own, as soon as all of its parameters
     have arrived: its part of the staged copy becomes a packing while the next buckets are still on their way."""
@@ -263,7 +273,14 @@ class _Staged:
             slot.commit()
 
     def proof(self) -> dict[str, Proof]:
-        return weakest(slot.proof() for slot in self._slots)
+        # One thread does not reach what memory gives, and the one that packs has nothing to do.
+        left = deque(self._slots)
+        others = self._packer.submit(lambda: weakest(_proofs(left)))
+        try:
+            own = weakest(_proofs(left))
+        finally:
+            wait([others])
+        return weakest([own, others.result()])
 
     def discard(self) -> None:
         for ready in self._ready:
