@@ -11,7 +11,7 @@ import torch
 import weightwire as ww
 from support import same, snapshot
 from support.ranks import Peak, default_group_works, gathered, holder
-from weightwire.errors import NonFinite, SourceError, VerificationError, VersionError
+from weightwire.errors import EngineError, NonFinite, PublishError, SourceError, VerificationError, VersionError
 from weightwire.sources.fsdp import FsdpSource, held
 
 SOON = 120.0  # what compiles at its first use takes a while on a busy machine
@@ -171,6 +171,59 @@ def test_a_delta_that_the_engine_refuses_is_followed_by_everything_on_all_ranks(
     lab(falls_back, 2, seconds=2 * SOON)
 
 
+def parts_ways(rank, size):
+    model = fsdp(net())
+    pair = [ww.TransformersEngine(net(seed=1), name=name) for name in ("a", "b")]
+    with ww.Publisher(model, pair if rank == 0 else None, baseline="host", deadline=SOON) as publisher:
+
+        def publishes(version):
+            moved(model, 0.02, version)
+            return publisher.publish(version)
+
+        def holds(*engines):
+            full = gathered(model)
+            assert rank or all(same(engine.model, full) for engine in engines)
+
+        publishes(1)
+        second = publisher._engines[1] if rank == 0 else None
+        commit = second.commit if rank == 0 else None
+
+        def loses(*given, **how):
+            commit(*given, **how)
+            raise EngineError("the answer was lost")
+
+        # It has been done, though nobody heard of it: every rank goes on from there.
+        if rank == 0:
+            second.commit = loses
+        with pytest.raises(PublishError, match="the answer was lost"):
+            publishes(2)
+        holds(*pair)
+        if rank == 0:
+            second.commit = commit
+        assert publishes(3).kind == "delta"
+        holds(*pair)
+
+        # One is behind: of sharded weights no steps are kept that would bring it on.
+        if rank == 0:
+            second.commit = fails
+        with pytest.raises(PublishError, match="no such memory"):
+            publishes(4)
+        if rank == 0:
+            second.commit = commit
+            second.abort(pair[1].status().update["id"], timeout=SOON)
+        receipt = publishes(5)
+        assert receipt.kind == "dense"
+        assert "b serves 3, from where no deltas that are kept lead on" in receipt.why
+        holds(*pair)
+        assert publishes(6).kind == "delta"
+        holds(*pair)
+    default_group_works(size)
+
+
+def test_after_a_commit_that_failed_all_ranks_go_on_from_what_engines_have(lab):
+    lab(parts_ways, 2, seconds=2 * SOON)
+
+
 def spoils(rank, size):
     model = fsdp(net())
     engine = ww.TransformersEngine(net(seed=1), name="here")
@@ -214,7 +267,7 @@ def spoils(rank, size):
     default_group_works(size)
 
 
-def fails(*_):
+def fails(*_, **__):
     raise RuntimeError("no such memory")
 
 
