@@ -181,9 +181,9 @@ def report(runs: dict[str, list[dict[str, float]]], nbytes: int) -> None:
             f"vLLM on the CPU in a network namespace, reached over a virtual link shaped by `tc ... {' '.join(SHAPE)}`"
             f" in both directions; {nbytes / 2e9:.2f} B parameters, {nbytes / 1e6:.0f} MB in bfloat16, about"
             f" {CHANGED:.0%} of which changes from one version to the next. Medians of {len(runs['delta'])} deltas"
-            f" and of {len(runs['dense'])} times everything, all over http; `total` is from the weights in the trainer's"
-            " memory to a token from the new weights, and `on the wire` is what the trainer's interface sent, headers"
-            " included.",
+            f" and of {len(runs['dense'])} times everything, all over http; `total` is from the weights in the"
+            " trainer's memory to a token from the new weights, and `on the wire` is what the trainer's interface sent,"
+            " headers included.",
             table(["what", "everything", "delta", "everything / delta"], rows),
             f"Bars: at least {BARS['bytes']} times fewer bytes: {dense['on the wire'] / delta['on the wire']:.0f}; and"
             f" {BARS['time']} times less time: {dense['total'] / delta['total']:.1f}.",
