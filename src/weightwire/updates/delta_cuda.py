@@ -117,7 +117,7 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
             if total:
                 rice_cuda.detect[(total,)](
                     table, segments, counts, ats, sums, found, counter, capacity, total, HALVES=halves,
-                    SIZE=rice_cuda.SEGMENT, FIELDS=lines.shape[1], num_warps=8,
+                    SIZE=rice_cuda.SEGMENT, FIELDS=lines.shape[1], num_warps=4,
                 )  # fmt: skip
             facts = _totals(torch.cat([counts[None], sums]), ends)
             changes = sum(facts[0])
@@ -129,8 +129,8 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
         tallies = torch.zeros(len(news), rice_cuda.BINS, dtype=torch.int64, device=device)
         if changes:
             rice_cuda.order[(total,)](
-                segments, counts, ats, counts.cumsum(0) - counts, found, keys, steps, tallies, ELEMENTS=elements,
-                CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=1,
+                segments, counts, ats, counts.cumsum(0) - counts, found, keys, steps, tallies, HALVES=halves,
+                ELEMENTS=elements, CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=1,
             )  # fmt: skip
     # A sum of int64 may have a sign; a digest has none.
     before, after = (

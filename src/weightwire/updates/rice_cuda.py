@@ -25,7 +25,7 @@ __all__ = [
     "write",
 ]
 
-SEGMENT = 4096
+SEGMENT = 2048
 """Words of 32 bits that one program compares."""
 CHUNK = 128
 """Changes that a program takes at a time."""
@@ -132,8 +132,8 @@ def detect(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
 ):
     """Compare one segment of a tensor with its base, both read once: how many elements differ, the digests of both, and
-    how many of the new are NaN or infinite. Place and step of each change go to `found`, each segment's together, while
-    there is room.
+    how many of the new are NaN or infinite. Each change's place goes to `found`, with what was and is there, of 32-bit
+    elements the step; each segment's together, while there is room.
 
     A line: addresses of base and new; whole words; elements beyond these (one half word or none); where its bytes begin
     in the full tensor; what `digest.word_facts` says of its dtype. `segments`: each one's line and its number there.
@@ -161,64 +161,67 @@ def detect(  # type: ignore[no-untyped-def]
     start = tl.load(line + 4)
     at = (start >> 2) + first
     place = (at + column).to(tl.uint32)
-    key, next_key = key_of(at), key_of(at + 0x100000000)
-    wraps = at.to(tl.uint32)
-    low, high = factors(place, tl.where(place < wraps, next_key, key))
-    if (start & 2) != 0:
-        # Only a part of a tensor begins within a word: what is one word here is halves of two there.
-        before_low, before_high = _sums(old << 16, low, high)
-        after_low, after_high = _sums(now << 16, low, high)
-        place += 1
-        low, high = factors(place, tl.where(place < wraps, next_key, key))
-        more_low, more_high = _sums(old >> 16, low, high)
-        before_low, before_high = before_low + more_low, before_high + more_high
-        more_low, more_high = _sums(now >> 16, low, high)
-        after_low, after_high = after_low + more_low, after_high + more_high
-    else:
+    if (start & (4 * SIZE - 1)) == 0:
+        low, high = factors(place, key_of(at))
         before_low, before_high = _sums(old, low, high)
         after_low, after_high = _sums(now, low, high)
+    else:
+        # Only a part of a tensor begins anywhere: what is one word here may be halves of two there, and the high half
+        # of their index may change on the way.
+        shift = ((start & 2) * 8).to(tl.uint32)
+        key, next_key, wraps = key_of(at), key_of(at + 0x100000000), at.to(tl.uint32)
+        low, high = factors(place, tl.where(place < wraps, next_key, key))
+        before_low, before_high = _sums(old << shift, low, high)
+        after_low, after_high = _sums(now << shift, low, high)
+        place += 1
+        low, high = factors(place, tl.where(place < wraps, next_key, key))
+        more_low, more_high = _sums((old >> 16) >> (16 - shift), low, high)
+        before_low, before_high = before_low + more_low, before_high + more_high
+        more_low, more_high = _sums((now >> 16) >> (16 - shift), low, high)
+        after_low, after_high = after_low + more_low, after_high + more_high
     tl.store(sums + segment, before_low)
     tl.store(sums + total + segment, before_high)
     tl.store(sums + 2 * total + segment, after_low)
     tl.store(sums + 3 * total + segment, after_high)
     exponent, lowest = tl.load(line + 5).to(tl.uint32), tl.load(line + 6).to(tl.uint32)
     full = ((now & exponent) + lowest) & (exponent + lowest)
-    tl.store(sums + 4 * total + segment, tl.sum(((full >> 31) + (full >> 15 & 1)).to(tl.int32)).to(tl.int64))
+    bad = tl.zeros((), tl.int32)
+    if tl.max(full) > 0:
+        bad = tl.sum(((full >> 31) + (full >> 15 & 1)).to(tl.int32))
+    tl.store(sums + 4 * total + segment, bad.to(tl.int64))
 
     differ = old ^ now
     if HALVES == 2:
         one, other = (differ & 0xFFFF) != 0, (differ >> 16) != 0
         each = one.to(tl.int32) + other.to(tl.int32)
     else:
-        one, other = differ != 0, differ != 0
+        one = differ != 0
         each = one.to(tl.int32)
     count = tl.sum(each)
     tl.store(counts + segment, count.to(tl.int64))
     if count > 0:
         begin = tl.atomic_add(counter, count.to(tl.int64), sem="relaxed")
         tl.store(ats + segment, begin)
-        to = begin + (tl.cumsum(each, 0) - each)
-        if HALVES == 2:
-            tl.store(
-                found + to,
-                _packed(2 * column, _step(old & 0xFFFF, now & 0xFFFF, 16)),
-                mask=one & (to < capacity),
-            )
-            to += one.to(tl.int64)
-            tl.store(found + to, _packed(2 * column + 1, _step(old >> 16, now >> 16, 16)), mask=other & (to < capacity))
-        else:
-            tl.store(found + to, _packed(column, _step(old, now, 32)), mask=one & (to < capacity))
+        if begin + count <= capacity:
+            to = tl.cumsum(each, 0) - each
+            found += begin
+            if HALVES == 2:
+                tl.store(found + to, _packed(2 * column, (old & 0xFFFF) | (now << 16)), mask=one)
+                to += one.to(tl.int32)
+                tl.store(found + to, _packed(2 * column + 1, (old >> 16) | (now & 0xFFFF0000)), mask=other)
+            else:
+                tl.store(found + to, _packed(column, _step(old, now, 32).to(tl.uint32, bitcast=True)), mask=one)
 
 
 @triton.jit
-def _packed(place, step):  # type: ignore[no-untyped-def]
-    return (place.to(tl.int64) << 32) | step.to(tl.uint32, bitcast=True).to(tl.int64)
+def _packed(place, value):  # type: ignore[no-untyped-def]
+    return (place.to(tl.int64) << 32) | value.to(tl.int64)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def order(  # type: ignore[no-untyped-def]
-    segments, counts, ats, begins, found, keys, steps, tallies, ELEMENTS: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
+    segments, counts, ats, begins, found, keys, steps, tallies, HALVES: tl.constexpr, ELEMENTS: tl.constexpr,
+    CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Bring what `detect` found into the order of the segments, of `ELEMENTS` keys each, and tally each line's steps by
     the bits of their units less one."""
@@ -231,7 +234,10 @@ def order(  # type: ignore[no-untyped-def]
             column = i + tl.arange(0, CHUNK)
             inside = column < count
             packed = tl.load(found + source + column, mask=inside, other=1)
-            step = packed.to(tl.int32)
+            if HALVES == 2:
+                step = _step((packed & 0xFFFF).to(tl.uint32), (packed >> 16 & 0xFFFF).to(tl.uint32), 16)
+            else:
+                step = packed.to(tl.int32)
             tl.store(keys + target + column, segment * ELEMENTS + (packed >> 32), mask=inside)
             tl.store(steps + target + column, step, mask=inside)
             size = tl.where(inside, _bit_length(_units(step)), BINS - 1)
