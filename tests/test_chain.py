@@ -209,7 +209,7 @@ def test_where_all_engines_are_behind_they_get_the_same(
                 moved(weights, version)
                 with pytest.raises(ww.PublishError):
                     publisher.publish(version)
-        publisher._engines = (pair[1],)  # as if the other were no more
+        publisher._means.engines = (pair[1],)  # as if the other were no more
         moved(weights, 7)
         receipt = publisher.publish(7, kind="delta")
         assert receipt.why.endswith("; b: delta from 4 through 2 deltas")

@@ -211,7 +211,7 @@ def test_one_flipped_bit_is_noticed(engines: Any, transport: str, bucket: int, b
     engine = engines("a", tiny(width=64))
     old = snapshot(engine.model)
     with ww.Publisher(weights_for(engine.model, 1), engine, transport=transport, bucket_bytes=4096) as publisher:
-        publisher._transports[transport] = Flipping(publisher._transports[transport], bucket, bit)
+        publisher._means.transports[transport] = Flipping(publisher._means.transports[transport], bucket, bit)
         with pytest.raises(ww.VerificationError, match="another digest on rank 0") as caught:
             publisher.publish(1)
     assert (caught.value.engine, caught.value.phase) == ("a", "seal")

@@ -198,12 +198,12 @@ def adapts(rank, size, stage):
     served = ww.TransformersEngine(language_model(), name="here")
     fresh = language_model()
     with ww.Publisher(engine, served if rank == 0 else None, adapter="policy", deadline=SOON) as publisher:
-        assert type(publisher._source).__name__ == "DeepSpeedPeftSource"
+        assert type(publisher._means.source).__name__ == "DeepSpeedPeftSource"
         for version in (1, 2):
             step(engine)
             receipt = publisher.publish(version)
             assert (receipt.kind, receipt.tensors) == ("adapter", 8)
-            assert publisher._source.lora == plain_config(model.peft_config["mine"])
+            assert publisher._means.source.lora == plain_config(model.peft_config["mine"])
             with deepspeed.zero.GatheredParameters(list(model.parameters())), torch.no_grad():
                 state = {name: t.clone() for name, t in model.state_dict().items() if ".lora_" in name}
             if rank == 0:

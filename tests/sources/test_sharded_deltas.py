@@ -160,7 +160,7 @@ def falls_back(rank, size):
             raise VersionError("too late")
 
         if rank == 0:
-            publisher._engines[0].commit = commits
+            publisher._means.engines[0].commit = commits
         moved(model, 0.02, 5)
         with pytest.raises(VersionError, match="too late"):
             publisher.publish(5)
@@ -185,7 +185,7 @@ def parts_ways(rank, size):
             assert rank or all(same(engine.model, full) for engine in engines)
 
         publishes(1)
-        second = publisher._engines[1] if rank == 0 else None
+        second = publisher._means.engines[1] if rank == 0 else None
         commit = second.commit if rank == 0 else None
 
         def loses(*given, **how):
@@ -230,7 +230,7 @@ def spoils(rank, size):
     with publisher_of(model, rank, engine) as publisher:
         publisher.publish(1)
         before = snapshot(engine.model)
-        source, baseline = publisher._source, publisher._baseline
+        source, baseline = publisher._means.source, publisher._means.kept.baseline
         number = next(n for n, spec in enumerate(baseline._specs) if spec.name == "up.weight")
 
         def says(error, match, **how):
@@ -282,7 +282,7 @@ def dies(rank, size):
         publisher.publish(1)
         before = snapshot(engine.model)
         if rank == 1:
-            publisher._source.ranks.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            publisher._means.source.ranks.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
         moved(model, 0.02, 2)
         started = time.monotonic()
         with pytest.raises(SourceError, match="waited in vain"):
@@ -315,7 +315,7 @@ def reshards(rank, size):
         assert publisher.publish(4).kind == "delta"
         # As where one rank was restarted and the others were not.
         if rank == 1:
-            publisher._baseline.version = None
+            publisher._means.kept.baseline.version = None
         receipt = publisher.publish(5)
         assert (receipt.kind, "rank 1: nothing was published before" in receipt.why) == ("dense", True)
         assert rank or same(engine.model, {"w": full + 1})

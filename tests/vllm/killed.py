@@ -28,7 +28,7 @@ def trainer(url: str, version: str, how: str) -> None:
     with ww.connect(url) as engines:
         with ww.Publisher(source, engines, transport="nccl", bucket_bytes=1 << 16, lease=LEASE) as publisher:
             if how == "stops":
-                read = publisher._source.read
+                read = publisher._means.source.read
 
                 def stop(tensor: int, start: int, out: torch.Tensor) -> Any:
                     if tensor == 8:
@@ -36,7 +36,7 @@ def trainer(url: str, version: str, how: str) -> None:
                         time.sleep(3600)
                     return read(tensor, start, out)
 
-                publisher._source.read = stop
+                publisher._means.source.read = stop
             receipt = publisher.publish(int(version), deadline=120)
             print(json.dumps({"version": receipt.version, "transport": next(iter(receipt.engines.values())).transport}))
 

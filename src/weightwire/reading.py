@@ -1,0 +1,79 @@
+"""A source's tensors in the order in which they are sent, whole or the part that this rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import cast
+
+import torch
+
+from weightwire import transports
+from weightwire.baseline import Read
+from weightwire.errors import SourceError, WeightwireError
+from weightwire.sources.base import Source, SpreadSource
+from weightwire.updates.boxes import NOTHING, Part
+from weightwire.updates.digest import Pending, Scan
+from weightwire.updates.manifest import TensorSpec
+
+__all__ = ["Reading", "Weights"]
+
+
+class Weights:
+    """A source as transports see it (`transports.base.Weights`)."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    @property
+    def device(self) -> torch.device:
+        return getattr(self._source, "device", torch.device("cpu"))
+
+    def whole(self) -> Sequence[torch.Tensor] | None:
+        whole = getattr(self._source, "whole", None)
+        return None if whole is None else whole()
+
+
+class Reading:
+    """Of a source with these `specs`. With `parts`, which part of each tensor is whose is found out too, if the source
+    is spread over ranks."""
+
+    def __init__(self, source: Source, specs: Sequence[TensorSpec], *, parts: bool) -> None:
+        self._source = source
+        self._spread = cast(SpreadSource, source)  # where there are ranks, and parts are asked for
+        self._order = _order(specs)
+        self.specs = tuple(specs[n] for n in self._order)
+        self.parts: list[Mapping[int, Part]] = []
+        self.mine: tuple[Part, ...] = ()
+        if source.ranks is not None and parts:
+            self.parts = [self._spread.parts(n) for n in self._order]
+            self.mine = tuple(held.get(source.ranks.rank, NOTHING) for held in self.parts)
+
+    def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        """Elements `start ..` of a tensor, read by all ranks together."""
+        return self._guard(self._source.read, tensor, start, out)
+
+    def read_own(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        """What this rank holds, by itself."""
+        return self._guard(
+            self._source.read if self._source.ranks is None else self._spread.read_part, tensor, start, out
+        )
+
+    def whole(self) -> list[torch.Tensor]:
+        """The tensors themselves, where they are all of them contiguous and on one device."""
+        whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]
+        alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
+        return [whole[n] for n in self._order] if alike else []
+
+    def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        try:
+            return read(self._order[tensor], start, out)
+        except WeightwireError:
+            raise
+        except Exception as error:
+            raise SourceError(f"tensor number {tensor} could not be read: {error!r}", phase="stage") from error
+
+
+def _order(specs: Sequence[TensorSpec]) -> list[int]:
+    # Large ones first: what an engine does with a tensor once it has all of it takes longest for them, and what it does
+    # for the last one is waited for.
+    return sorted(range(len(specs)), key=lambda n: specs[n].nbytes <= transports.BUCKET_BYTES)

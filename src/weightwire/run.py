@@ -1,0 +1,432 @@
+"""One publish: begin, stage, seal, commit, for all engines and on all ranks of the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+
+import msgspec
+import torch
+
+from weightwire import transports
+from weightwire.engines.base import Begun, Engine, Pause
+from weightwire.errors import DeadlineError, PublishError, SourceError, UsageError, WeightwireError
+from weightwire.fleet import Fleet
+from weightwire.reading import Reading, Weights
+from weightwire.route import Kept, Route, find_route
+from weightwire.sources.base import Source
+from weightwire.sources.together import Together
+from weightwire.transports import Choice, Lender, Link, Sender, Transport
+from weightwire.updates.adapter import check_name
+from weightwire.updates.boxes import Part
+from weightwire.updates.buckets import Bucket, cut
+from weightwire.updates.delta import Delta
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_any, scan_tensors_any, settle
+from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
+from weightwire.updates.receipt import EngineReceipt, Receipt
+
+__all__ = ["Means", "Run"]
+
+_PHASES = ("begin", "stage", "seal", "commit")
+_ABORT_SECONDS = 5.0
+
+
+@dataclass(slots=True, kw_only=True)
+class Means:
+    """What a publisher has, from one publish to the next."""
+
+    source: Source
+    engines: Sequence[Engine]
+    adapter: str | None
+    transports: Mapping[str, Transport | Lender]
+    wanted: str | None
+    bucket_bytes: int | None
+    lease: float
+    kept: Kept | None
+    choices: dict[str, Choice] = field(default_factory=dict)
+
+    def choose(self, engine: Engine, timeout: float) -> Choice:
+        """The transport to an engine; looked for once, until a publish fails."""
+        if engine.name not in self.choices:
+            try:
+                self.choices[engine.name] = transports.resolve(
+                    self.transports,
+                    lambda offers: engine.status(offers, timeout=timeout).offers,
+                    host=engine.host,
+                    wanted=self.wanted,
+                    over_http=engine.over_http,
+                )
+            except WeightwireError as error:
+                raise error.at(engine=engine.name, phase="resolve") from None
+        return self.choices[engine.name]
+
+
+class Run:
+    """One publish. On rank 0 it drives the engines; on the others it only reads weights along. `deadline` is a time of
+    `time.monotonic`. `why` is why everything is sent, where a delta was refused."""
+
+    def __init__(self, means: Means, deadline: float, kind: str, why: str = "") -> None:
+        self._means = means
+        self._kind = kind
+        self._baseline = None if means.kept is None else means.kept.baseline
+        self._source = means.source
+        self._ranks = means.source.ranks
+        self._together = Together(self._ranks)
+        self._fleet = Fleet(means.engines, deadline)
+        self._begun: dict[str, Begun] = {}
+        self._senders: list[Sender] = []
+        self._lent = contextlib.ExitStack()
+        self._stages: list[Future[None]] = []
+        self._route = Route(why=why)
+        self._deltas: list[Delta] | None = None
+        self.committing = False
+        self._done = False
+
+    @property
+    def of_deltas(self) -> bool:
+        """Whether deltas were sent, or were to be."""
+        return self._route.deltas is not None
+
+    def publish(
+        self, version: int, partial: bool, finite: bool, staging: Staging, pause: Pause, keep_cache: bool
+    ) -> Receipt:
+        """As `Publisher.publish`."""
+        marks = [time.perf_counter()]
+        baseline, kept, together = self._baseline, self._means.kept, self._together
+        specs = tuple(together.everywhere(self._source.metadata))
+        if not specs:
+            raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
+        config = getattr(self._source, "lora", None)
+        if config is not None and (partial or keep_cache):
+            raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
+        self._reading = reading = Reading(self._source, specs, parts=baseline is not None)
+        self._decide(whole=config is None and not partial and staging == "copy", finite=finite)
+        encoded = time.perf_counter()
+        draft = Manifest(
+            version=version,
+            kind="adapter" if config is not None else "delta" if self.of_deltas else "dense",
+            base_version=self._route.base,
+            encoded=tuple(delta.nbytes for delta in self._deltas or ()),
+            adapter=None if config is None else Adapter(name=check_name(str(self._means.adapter)), config=dict(config)),
+            tensors=reading.specs,
+            aliases=dict(self._source.aliases),
+            partial=partial,
+            finite=finite,
+            staging=staging,
+            keep=baseline is not None and not self.of_deltas and not partial and staging == "copy",
+        )
+        manifest = together.from_leader(lambda: self._begin(draft.check()), Manifest)
+        if baseline is not None and not self.of_deltas:
+            baseline.start(reading.specs, reading.mine)
+        marks.append(time.perf_counter())
+        scans = own = self._stage(manifest)
+        if baseline is not None and not self.of_deltas and self._ranks is not None:
+            own = together.everywhere(lambda: baseline.take(reading.read_own))
+        behind = self._stage_behind(manifest)
+        marks.append(time.perf_counter())
+        together.on_leader(lambda: self._seal(scans, behind))
+        marks.append(time.perf_counter())
+        # From here on engines may differ, and aborting could not make them alike again.
+        self.committing = True
+        if kept is not None:
+            kept.committing(version, self._route.own)
+        receipts = together.from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
+        marks.append(time.perf_counter())
+        seconds = {phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)}
+        if self.of_deltas:
+            seconds = {"encode": encoded - marks[0], **seconds, "begin": marks[1] - encoded}
+        self._done = True
+        if baseline is not None:
+            if self.of_deltas:
+                together.everywhere(lambda: baseline.advance(version, self._route.own))
+            else:
+                baseline.finish(version, own)
+        if kept is not None:
+            kept.committed()
+        return Receipt(
+            version=version,
+            kind=manifest.kind,
+            tensors=len(specs),
+            nbytes=max(receipt.nbytes for receipt in receipts.values()),
+            seconds=seconds,
+            engines=receipts,
+            why=self._route.why,
+        )
+
+    def start_from(self, base: Source, version: int) -> None:
+        """As `Publisher.start_from`."""
+        baseline = self._baseline
+        assert baseline is not None
+        specs = tuple(self._together.everywhere(base.metadata))
+        there = {spec.name: number for number, spec in enumerate(specs)}
+        if self._ranks is not None:
+            known, specs = specs, tuple(self._together.everywhere(self._source.metadata))
+            self._together.everywhere(lambda: _check_base(specs, known))
+        reading = Reading(self._source, specs, parts=True)
+
+        def read(tensor: int, start: int, out: torch.Tensor) -> Scan:
+            spec = reading.specs[tensor]
+            runs = (reading.mine[tensor] if reading.mine else Part.whole(spec.shape)).runs()
+            scans = settle([base.read(there[spec.name], at, out[own : own + n]) for own, at, n in runs])
+            return sum(scans, Scan(NO_DIGEST, 0))
+
+        baseline.start(reading.specs, reading.mine)
+        baseline.finish(version, self._together.everywhere(lambda: baseline.take(read)))
+        base.release()
+        self._done = True
+
+    def close(self) -> None:
+        """Free everything, and abort what was not committed."""
+        self._close_senders()
+        self._lent.close()
+        if not self._done:
+            # What was found out about the transports may no longer be so.
+            self._means.choices.clear()
+        if not self._done and not self.committing:
+            begun = [engine for engine in self._fleet.engines if engine.name in self._begun]
+            wait([self._fleet.submit(functools.partial(self._abort, engine)) for engine in begun])
+        self._fleet.close()
+        self._source.release()
+
+    def _decide(self, *, whole: bool, finite: bool) -> None:
+        """Find out whether deltas are sent."""
+
+        def refusal() -> str | None:
+            if not whole:
+                return "a delta is of a whole model, and is staged"
+            if any(isinstance(way, Lender) for way in self._ways().values()):
+                return "the engine reads the weights in the trainer's own memory"
+            return None
+
+        if self._means.kept is not None and self._kind != "dense":
+            self._route = find_route(
+                self._means.kept,
+                self._reading,
+                self._ranks,
+                always=self._kind == "delta",
+                finite=finite,
+                refusal=refusal,
+                ask_versions=lambda: self._fleet.each(
+                    "resolve", lambda engine: engine.status(timeout=self._fleet.left()).version
+                ),
+            )
+        elif self._kind == "delta":
+            self._route = Route(why="no baseline is kept; make the Publisher with baseline='host'")
+        if self._kind == "delta" and not self.of_deltas:
+            raise UsageError(
+                f"no delta can be sent: {self._route.why}", next_step="Publish with kind='auto' or 'dense'."
+            )
+        self._deltas = self._route.deltas
+
+    def _choices(self) -> dict[str, Choice]:
+        return self._fleet.each("resolve", lambda engine: self._means.choose(engine, self._fleet.left()))
+
+    def _ways(self) -> dict[str, Transport | Lender]:
+        return {choice.name: self._means.transports[choice.name] for choice in self._choices().values()}
+
+    # -- the steps, on rank 0 --------------------------------------------------------------------------------------
+
+    def _begin(self, draft: Manifest) -> Manifest:
+        choices = self._choices()
+        used = self._ways()
+        senders = {name: way for name, way in used.items() if not isinstance(way, Lender)}
+        limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
+        wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=1 << 30)
+        manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([wanted, *limits])))
+        holder = f"{socket.gethostname()}:{os.getpid()}"
+
+        def begin(engine: Engine) -> Begun:
+            lends = choices[engine.name].name not in senders and not manifest.adapter
+            own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
+            own = next((each.of(manifest) for each in self._route.behind if engine.name in each.engines), own)
+            begun = engine.begin(own, holder=holder, lease=self._means.lease, timeout=self._fleet.left())
+            self._begun[engine.name] = begun
+            return begun
+
+        self._fleet.each("begin", begin)
+        behind = {engine for each in self._route.behind for engine in each.engines}
+        self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
+        return manifest
+
+    def _offer(self, manifest: Manifest, engines: Sequence[Engine]) -> None:
+        choices = self._choices()
+        buckets = cut(manifest)
+        for name, way in self._ways().items():
+            taking = [e for e in engines if choices[e.name].name == name]
+            if isinstance(way, Lender):
+                self._lend(way, taking)
+            elif taking:
+                self._open(way, taking, buckets)
+
+    def _lend(self, lender: Lender, engines: Sequence[Engine]) -> None:
+        address = self._lent.enter_context(lender.lend(self._reading.whole()))
+        self._stages += [self._fleet.submit(functools.partial(self._fetch, engine, address)) for engine in engines]
+
+    def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
+        links = [self._link(engine) for engine in engines]
+        sender = transport.sender(links, buckets, self._wait, self._means.lease)
+        self._senders.append(sender)
+        for engine, address in zip(engines, sender.addresses, strict=True):
+            if address is not None:
+                self._stages.append(self._fleet.submit(functools.partial(self._fetch, engine, address)))
+
+    def _link(self, engine: Engine) -> Link:
+        begun = self._begun[engine.name]
+
+        def put(index: int, body: memoryview) -> None:
+            try:
+                engine.put(begun.id, index, body, timeout=self._fleet.left())
+            except WeightwireError as error:
+                raise error.at(engine=engine.name, phase="stage") from None
+
+        return Link(engine=engine.name, update=begun.id, ranks=begun.ranks, put=put)
+
+    def _fetch(self, engine: Engine, address: str) -> None:
+        try:
+            engine.stage(self._begun[engine.name].id, address, timeout=self._fleet.left())
+        except WeightwireError as error:
+            raise error.at(engine=engine.name, phase="stage") from None
+
+    def _stage(self, manifest: Manifest) -> list[Scan]:
+        """Read every bucket, on all ranks together, and send it from rank 0."""
+        scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        if self._ranks is None and not self._senders:
+            # Nothing travels: the weights are scanned where they are, while engines do the same.
+            whole = self._reading.whole()
+            scans = scan_tensors_any(whole)
+            if self._baseline is not None:
+                for number, tensor in enumerate(whole):
+                    self._baseline.write(number, 0, tensor)
+            self._together.on_leader(self._finish)
+            return settle(scans)
+        ahead: list[torch.Tensor] = []
+        plain = self._ranks is None and self._deltas is None and not (self._baseline and self._baseline.reads_along)
+        if plain and Weights(self._source).device.type == "cuda":
+            # On a GPU, one launch for all is much cheaper than one for each piece.
+            ahead = self._reading.whole()
+            scans = scan_tensors_any(ahead) if ahead else scans
+        wire = manifest.wire
+        for bucket in cut(manifest):
+            data = self._together.on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
+            for piece in bucket.pieces:
+                spec = wire[piece.tensor]
+                nbytes = piece.count * spec.itemsize
+                # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
+                part = (
+                    torch.empty(nbytes, dtype=torch.uint8, device="meta")
+                    if data is None
+                    else data[piece.offset : piece.offset + nbytes]
+                )
+                run = part.view(getattr(torch, spec.dtype))
+                if ahead:
+                    run.copy_(ahead[piece.tensor].reshape(-1)[piece.start : piece.start + piece.count])
+                else:
+                    scans[piece.tensor] = self._fill(piece.tensor, piece.start, run) + scans[piece.tensor]
+            self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
+        self._together.on_leader(self._finish)
+        known = settle(scans)
+        return known if self._ranks is None else self._ranks.total(known)
+
+    def _stage_behind(self, manifest: Manifest) -> dict[str, list[Scan]]:
+        """The same, from memory, for engines that are behind; what each is sent, by its name."""
+        found: dict[str, list[Scan]] = {}
+        for each in self._route.behind:
+            self._deltas = each.deltas
+            self._offer(each.of(manifest), [engine for engine in self._fleet.engines if engine.name in each.engines])
+            found |= dict.fromkeys(each.engines, self._stage(each.of(manifest)))
+        return found
+
+    def _fill(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
+        if self._deltas is not None:
+            if out.device.type == "meta":
+                return Scan(NO_DIGEST, 0)
+            out.copy_(self._deltas[tensor].data[start : start + out.numel()])
+            return scan_any(out, start)
+        scanned = self._reading.read(tensor, start, out)
+        if self._baseline is not None and self._ranks is None:
+            self._baseline.write(tensor, start, out)
+        return scanned
+
+    def _send(self, bucket: Bucket, data: torch.Tensor | None) -> None:
+        first, *others = self._senders
+        for sender in others:
+            sender.buffer(bucket).copy_(data)  # type: ignore[arg-type]
+            sender.send(bucket)
+        first.send(bucket)
+
+    def _finish(self) -> None:
+        for sender in self._senders:
+            sender.finish()
+        for stage in self._stages:
+            self._wait(stage.done, "every rank to have every bucket")
+            stage.result()
+        self._close_senders()
+
+    def _close_senders(self) -> None:
+        while self._senders:
+            self._senders.pop().close()
+
+    def _seal(self, scans: Sequence[Scan], behind: Mapping[str, Sequence[Scan]]) -> None:
+        def seal(engine: Engine) -> None:
+            digests = [scan.digest.hex() for scan in behind.get(engine.name, scans)]
+            engine.seal(self._id(engine), digests, timeout=self._fleet.left())
+
+        self._fleet.each("seal", seal)
+
+    def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
+        def commit(engine: Engine) -> EngineReceipt:
+            return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._fleet.left())
+
+        outcomes = self._fleet.outcomes("commit", commit)
+        errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
+        if not errors:
+            return outcomes  # type: ignore[return-value]
+        if manifest.kind == "adapter" and self._undo([e for e in self._fleet.engines if e.name not in errors]):
+            raise next(iter(errors.values()))
+        if len(errors) == len(outcomes) == 1:
+            raise next(iter(errors.values()))
+        raise PublishError(
+            f"{len(errors)} of {len(outcomes)} engines did not commit: {'; '.join(map(str, errors.values()))}",
+            phase="commit",
+            next_step="Publish the next version to bring all engines together again.",
+            outcomes=outcomes,
+        ) from next(iter(errors.values()))
+
+    def _undo(self, engines: Sequence[Engine]) -> bool:
+        """Have engines that committed an adapter go back to the revision before it; whether all of them did."""
+        jobs = [self._fleet.submit(functools.partial(self._abort, engine)) for engine in engines]
+        return not any(job.exception() for job in jobs)
+
+    # -- helpers ---------------------------------------------------------------------------------------------------
+
+    def _id(self, engine: Engine) -> str:
+        return self._begun[engine.name].id
+
+    def _abort(self, engine: Engine) -> None:
+        engine.abort(self._id(engine), timeout=_ABORT_SECONDS)
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        pause = 0.0001
+        while not ready():
+            for stage in self._stages:
+                if stage.done():
+                    stage.result()
+            if time.monotonic() > self._fleet.deadline:
+                slow = ", ".join(engine.name for engine in self._fleet.engines)
+                raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
+            time.sleep(pause)
+            pause = min(pause * 1.5, 0.0005)
+
+
+def _check_base(specs: Sequence[TensorSpec], base: Sequence[TensorSpec]) -> None:
+    known = set(base)
+    odd = next((spec for spec in specs if spec not in known), None)
+    if odd is not None:
+        raise UsageError(f"the base has no {odd.dtype} tensor {odd.name!r} of shape {odd.shape}")
