@@ -60,6 +60,18 @@ def failing(engine: ww.TransformersEngine, monkeypatch: pytest.MonkeyPatch) -> I
         yield
 
 
+def leave_behind(
+    publisher: ww.Publisher, pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch, *versions: int
+) -> None:
+    """Both engines get version 4, and only the first of them those after it."""
+    publisher.publish(4)
+    with failing(pair[1], monkeypatch):
+        for version in versions:
+            moved(weights, version)
+            with pytest.raises(ww.PublishError):
+                publisher.publish(version)
+
+
 def versions(engines: list[ww.TransformersEngine]) -> list[int | None]:
     return [engine.status().version for engine in engines]
 
@@ -97,11 +109,7 @@ def test_what_missed_more_than_is_kept_gets_everything(
 ) -> None:
     monkeypatch.setattr(chain, "_SHARE", 1e-3)
     with ww.Publisher(weights, pair, baseline="host") as publisher:
-        publisher.publish(4)
-        with failing(pair[1], monkeypatch):
-            moved(weights, 5)
-            with pytest.raises(ww.PublishError):
-                publisher.publish(5)
+        leave_behind(publisher, pair, weights, monkeypatch, 5)
         moved(weights, 6)
         with pytest.raises(ww.UsageError, match="b serves 4, from where no deltas that are kept lead on"):
             publisher.publish(6, kind="delta")
@@ -112,11 +120,7 @@ def test_what_missed_more_than_is_kept_gets_everything(
 
 def test_a_dense_update_breaks_the_chain(pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ww.Publisher(weights, pair, baseline="host") as publisher:
-        publisher.publish(4)
-        with failing(pair[1], monkeypatch):
-            moved(weights, 5)
-            with pytest.raises(ww.PublishError):
-                publisher.publish(5)
+        leave_behind(publisher, pair, weights, monkeypatch, 5)
         commit = pair[1].commit
         monkeypatch.setattr(pair[1], "commit", lost)
         moved(weights, 6)
@@ -144,11 +148,7 @@ def test_a_publish_that_fails_before_its_commit_forgets_nobody_behind(
     pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ww.Publisher(weights, pair, baseline="host") as publisher:
-        publisher.publish(4)
-        with failing(pair[1], monkeypatch):
-            moved(weights, 5)
-            with pytest.raises(ww.PublishError):
-                publisher.publish(5)
+        leave_behind(publisher, pair, weights, monkeypatch, 5)
         seal = pair[0].seal
         monkeypatch.setattr(pair[0], "seal", lost)
         with pytest.raises(EngineLost):
@@ -161,11 +161,7 @@ def test_a_publish_that_fails_before_its_commit_forgets_nobody_behind(
 
 def test_what_was_half_overwritten_is_no_base(pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with ww.Publisher(weights, pair, baseline="host") as publisher:
-        publisher.publish(4)
-        with failing(pair[1], monkeypatch):
-            moved(weights, 5)
-            with pytest.raises(ww.PublishError):
-                publisher.publish(5)
+        leave_behind(publisher, pair, weights, monkeypatch, 5)
         with monkeypatch.context() as patched:
             patched.setattr(pair[0], "seal", lost)
             with pytest.raises(EngineLost):
@@ -203,12 +199,7 @@ def test_where_all_engines_are_behind_they_get_the_same(
     pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with ww.Publisher(weights, pair, baseline="host") as publisher:
-        publisher.publish(4)
-        with failing(pair[1], monkeypatch):
-            for version in (5, 6):
-                moved(weights, version)
-                with pytest.raises(ww.PublishError):
-                    publisher.publish(version)
+        leave_behind(publisher, pair, weights, monkeypatch, 5, 6)
         publisher._means.engines = (pair[1],)  # as if the other were no more
         moved(weights, 7)
         receipt = publisher.publish(7, kind="delta")

@@ -85,7 +85,6 @@ class Run:
         self._lent = contextlib.ExitStack()
         self._stages: list[Future[None]] = []
         self._route = Route(why=why)
-        self._deltas: list[Delta] | None = None
         self.committing = False
         self._done = False
 
@@ -113,7 +112,7 @@ class Run:
             version=version,
             kind="adapter" if config is not None else "delta" if self.of_deltas else "dense",
             base_version=self._route.base,
-            encoded=tuple(delta.nbytes for delta in self._deltas or ()),
+            encoded=tuple(delta.nbytes for delta in self._route.deltas or ()),
             adapter=None if config is None else Adapter(name=check_name(str(self._means.adapter)), config=dict(config)),
             tensors=reading.specs,
             aliases=dict(self._source.aliases),
@@ -126,7 +125,7 @@ class Run:
         if baseline is not None and not self.of_deltas:
             baseline.start(reading.specs, reading.mine)
         marks.append(time.perf_counter())
-        scans = own = self._stage(manifest)
+        scans = own = self._stage(manifest, self._route.deltas)
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take(reading.read_own))
         behind = self._stage_behind(manifest)
@@ -201,7 +200,7 @@ class Run:
         def refusal() -> str | None:
             if not whole:
                 return "a delta is of a whole model, and is staged"
-            if any(isinstance(way, Lender) for way in self._ways().values()):
+            if any(isinstance(way, Lender) for way in self._ways.values()):
                 return "the engine reads the weights in the trainer's own memory"
             return None
 
@@ -223,27 +222,26 @@ class Run:
             raise UsageError(
                 f"no delta can be sent: {self._route.why}", next_step="Publish with kind='auto' or 'dense'."
             )
-        self._deltas = self._route.deltas
 
+    @functools.cached_property
     def _choices(self) -> dict[str, Choice]:
         return self._fleet.each("resolve", lambda engine: self._means.choose(engine, self._fleet.left()))
 
+    @property
     def _ways(self) -> dict[str, Transport | Lender]:
-        return {choice.name: self._means.transports[choice.name] for choice in self._choices().values()}
+        return {choice.name: self._means.transports[choice.name] for choice in self._choices.values()}
 
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
     def _begin(self, draft: Manifest) -> Manifest:
-        choices = self._choices()
-        used = self._ways()
-        senders = {name: way for name, way in used.items() if not isinstance(way, Lender)}
+        senders = {name: way for name, way in self._ways.items() if not isinstance(way, Lender)}
         limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
         wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=1 << 30)
         manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([wanted, *limits])))
         holder = f"{socket.gethostname()}:{os.getpid()}"
 
         def begin(engine: Engine) -> Begun:
-            lends = choices[engine.name].name not in senders and not manifest.adapter
+            lends = self._choices[engine.name].name not in senders and not manifest.adapter
             own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
             own = next((each.of(manifest) for each in self._route.behind if engine.name in each.engines), own)
             begun = engine.begin(own, holder=holder, lease=self._means.lease, timeout=self._fleet.left())
@@ -256,14 +254,12 @@ class Run:
         return manifest
 
     def _offer(self, manifest: Manifest, engines: Sequence[Engine]) -> None:
-        choices = self._choices()
-        buckets = cut(manifest)
-        for name, way in self._ways().items():
-            taking = [e for e in engines if choices[e.name].name == name]
+        for name, way in self._ways.items():
+            taking = [e for e in engines if self._choices[e.name].name == name]
             if isinstance(way, Lender):
                 self._lend(way, taking)
             elif taking:
-                self._open(way, taking, buckets)
+                self._open(way, taking, cut(manifest))
 
     def _lend(self, lender: Lender, engines: Sequence[Engine]) -> None:
         address = self._lent.enter_context(lender.lend(self._reading.whole()))
@@ -294,8 +290,8 @@ class Run:
         except WeightwireError as error:
             raise error.at(engine=engine.name, phase="stage") from None
 
-    def _stage(self, manifest: Manifest) -> list[Scan]:
-        """Read every bucket, on all ranks together, and send it from rank 0."""
+    def _stage(self, manifest: Manifest, deltas: Sequence[Delta] | None) -> list[Scan]:
+        """Read every bucket, on all ranks together, or take it from `deltas`, and send it from rank 0."""
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
@@ -307,7 +303,7 @@ class Run:
             self._together.on_leader(self._finish)
             return settle(scans)
         ahead: list[torch.Tensor] = []
-        plain = self._ranks is None and self._deltas is None and not (self._baseline and self._baseline.reads_along)
+        plain = self._ranks is None and deltas is None and not (self._baseline and self._baseline.reads_along)
         if plain and Weights(self._source).device.type == "cuda":
             # On a GPU, one launch for all is much cheaper than one for each piece.
             ahead = self._reading.whole()
@@ -328,7 +324,7 @@ class Run:
                 if ahead:
                     run.copy_(ahead[piece.tensor].reshape(-1)[piece.start : piece.start + piece.count])
                 else:
-                    scans[piece.tensor] = self._fill(piece.tensor, piece.start, run) + scans[piece.tensor]
+                    scans[piece.tensor] = self._fill(piece.tensor, piece.start, run, deltas) + scans[piece.tensor]
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         self._together.on_leader(self._finish)
         known = settle(scans)
@@ -338,16 +334,16 @@ class Run:
         """The same, from memory, for engines that are behind; what each is sent, by its name."""
         found: dict[str, list[Scan]] = {}
         for each in self._route.behind:
-            self._deltas = each.deltas
-            self._offer(each.of(manifest), [engine for engine in self._fleet.engines if engine.name in each.engines])
-            found |= dict.fromkeys(each.engines, self._stage(each.of(manifest)))
+            own = each.of(manifest)
+            self._offer(own, [engine for engine in self._fleet.engines if engine.name in each.engines])
+            found |= dict.fromkeys(each.engines, self._stage(own, each.deltas))
         return found
 
-    def _fill(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
-        if self._deltas is not None:
+    def _fill(self, tensor: int, start: int, out: torch.Tensor, deltas: Sequence[Delta] | None) -> Scan | Pending:
+        if deltas is not None:
             if out.device.type == "meta":
                 return Scan(NO_DIGEST, 0)
-            out.copy_(self._deltas[tensor].data[start : start + out.numel()])
+            out.copy_(deltas[tensor].data[start : start + out.numel()])
             return scan_any(out, start)
         scanned = self._reading.read(tensor, start, out)
         if self._baseline is not None and self._ranks is None:

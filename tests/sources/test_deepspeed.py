@@ -10,7 +10,7 @@ import torch
 
 import weightwire as ww
 from support.models import same
-from support.ranks import Model, Peak, bits, default_group_works, reads_like
+from support.ranks import Model, bits, default_group_works, reads_frugally, reads_like
 from weightwire.errors import SourceError, UnsupportedError
 from weightwire.sources import find
 from weightwire.updates.adapter import plain_config
@@ -343,19 +343,11 @@ def frugal(rank, size):
     source = find(module, timeout=SOON)
     specs = source.metadata()
     assert [spec.shape for spec in specs] == [(5000, 5000)] * 4
-    run = 4 << 20
-    buffer = torch.zeros(run, dtype=torch.uint8, device="cpu" if rank == 0 else "meta").view(torch.bfloat16)
-    # Compiles, connects, and warms up the allocator.
-    source.read(0, 0, buffer)
-    peak = Peak()
-    peak.start()
-    for number, spec in enumerate(specs):
-        for start in range(0, spec.numel, len(buffer)):
-            out = buffer[: spec.numel - start]
-            source.read(number, start, out)
-            assert rank != 0 or bool((out == number + 1).all())
-    grown = peak.stop()
-    assert grown < 3 * run + (16 << 20), f"grew by {grown / 1e6:.0f} MB"
+
+    def check(number, out):
+        assert bool((out == number + 1).all())
+
+    reads_frugally(source, rank, check)
 
 
 def test_no_rank_grows_by_more_than_a_few_buckets(lab):

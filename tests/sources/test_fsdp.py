@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from support.ranks import Model, Peak, default_group_works, gathered, holder, reads_like
+from support.ranks import Model, default_group_works, gathered, holder, reads_frugally, reads_like
 from weightwire.errors import SourceError, UnsupportedError
 from weightwire.sources import find
 from weightwire.updates.boxes import Box
@@ -259,7 +259,6 @@ def frugal(rank, size):
     from torch.distributed.tensor import DTensor, Shard
 
     mesh = init_device_mesh("cpu", (size,))
-    run = 4 << 20
     # 200 MB: by rows, by columns (which never lie in one piece), and in the middle.
     shapes = {"rows": ((8192, 4096), 0), "columns": ((4096, 8192), 1), "middle": ((16, 512, 4096), 1)}
     tensors = {}
@@ -271,16 +270,7 @@ def frugal(rank, size):
     source = find(holder(tensors), timeout=SOON)
     specs = source.metadata()
     assert sum(spec.nbytes for spec in specs) > 190e6
-    buffer = torch.zeros(run, dtype=torch.uint8, device="cpu" if rank == 0 else "meta").view(torch.bfloat16)
-    # Compiles, connects, and warms up the allocator.
-    source.read(0, 0, buffer)
-    peak = Peak()
-    peak.start()
-    for number, spec in enumerate(specs):
-        for start in range(0, spec.numel, len(buffer)):
-            source.read(number, start, buffer[: spec.numel - start])
-    grown = peak.stop()
-    assert grown < 3 * run + (16 << 20), f"grew by {grown / 1e6:.0f} MB"
+    reads_frugally(source, rank)
 
 
 def test_no_rank_grows_by_more_than_a_few_runs(lab):

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from weightwire.updates.digest import scan
 
-__all__ = ["Model", "Peak", "bits", "default_group_works", "gathered", "holder", "reads_like"]
+__all__ = ["Model", "Peak", "bits", "default_group_works", "gathered", "holder", "reads_frugally", "reads_like"]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -107,3 +107,21 @@ class Peak(threading.Thread):
         self._over.set()
         self.join()
         return self.most - self._base
+
+
+def reads_frugally(source, rank, check=lambda number, out: None):
+    """Reads all of a source piece by piece, as a publish does. `check` is given each piece that this rank got."""
+    run = 4 << 20
+    buffer = torch.zeros(run, dtype=torch.uint8, device="cpu" if rank == 0 else "meta").view(torch.bfloat16)
+    # Compiles, connects, and warms up the allocator.
+    source.read(0, 0, buffer)
+    peak = Peak()
+    peak.start()
+    for number, spec in enumerate(source.metadata()):
+        for start in range(0, spec.numel, len(buffer)):
+            out = buffer[: spec.numel - start]
+            source.read(number, start, out)
+            if rank == 0:
+                check(number, out)
+    grown = peak.stop()
+    assert grown < 3 * run + (16 << 20), f"grew by {grown / 1e6:.0f} MB"

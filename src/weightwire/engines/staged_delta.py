@@ -72,11 +72,13 @@ class StagedDelta(ArrivingDelta):
         self.after: Sequence[Digest] = ()
 
     def seal(self, scans: Sequence[Scan]) -> None:
+        after: list[Digest] = []
         for number, taking in enumerate(self._places):
             delta = self._parse(number)
             for own, live in taking.items():
                 self._patches.append((own, live, self._decode(own, delta, live), delta))
-            self.after = [*self.after, delta.after]
+            after.append(delta.after)
+        self.after = after
         self._bytes.clear()
         refuse_split_ties(
             (live.data_ptr(), name, delta.after) for name, live, _, delta in self._patches if live.numel()

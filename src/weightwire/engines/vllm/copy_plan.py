@@ -48,6 +48,11 @@ class Plan:
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
     covered: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
+    @property
+    def takes(self) -> list[list[Box]]:
+        """Which parts of each tensor go anywhere (`target.Staging.takes`)."""
+        return [[copy.source for copy in copies] for copies in self.copies]
+
     def write(
         self, spec: TensorSpec, number: int, start: int, data: torch.Tensor, staged: Mapping[str, torch.Tensor]
     ) -> dict[str, int]:

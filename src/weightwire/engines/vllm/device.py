@@ -23,7 +23,7 @@ from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, ta
 from weightwire.updates.manifest import Manifest, TensorSpec
 from weightwire.updates.receipt import Proof
 
-__all__ = ["DeviceStaging", "Held", "Region", "Tables", "Version", "synchronize", "totals", "warm_up"]
+__all__ = ["DeviceStaging", "Held", "Region", "Tables", "Version", "synchronize", "table_of", "totals", "warm_up"]
 
 
 class Region(NamedTuple):
@@ -100,7 +100,7 @@ class DeviceStaging:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
         self._held = held
         self._arrived: list[Digest] = []
-        self.takes = [[copy.source for copy in copies] for copies in plan.copies]
+        self.takes = plan.takes
         self._lent: dict[int, int] = {}
         self._staged: dict[str, torch.Tensor] = {}
         self._regions: list[Region] = []
@@ -200,13 +200,12 @@ class DeviceStaging:
         return [Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
 
     def _fill(self, key: object) -> None:
-        numbered = list(enumerate(self._regions))
+        tables, numbered = self._tables, list(enumerate(self._regions))
         live = [(n, line) for n, r in numbered for line in r.lines(r.target, r.copy.strides)]
         parts = [(n, line) for n, r in numbered if not r.is_whole for line in r.lines(r.source, r.strides)]
-        self._tables.copies = BatchedCopy((move for r in self._regions for move in r.moves()), self._device)
-        self._tables.live, self._tables.live_of = table([line for _, line in live], self._device), [n for n, _ in live]
-        self._tables.parts = table([line for _, line in parts], self._device)
-        self._tables.parts_of = [n for n, _ in parts]
+        tables.copies = BatchedCopy((move for r in self._regions for move in r.moves()), self._device)
+        tables.live, tables.live_of = table_of(live, self._device)
+        tables.parts, tables.parts_of = table_of(parts, self._device)
         self._tables.key = key
 
 
@@ -219,6 +218,11 @@ def warm_up(device: torch.device) -> None:
     for start in (0, 1):
         data = torch.zeros(64, dtype=torch.bfloat16, device=device)
         settle(scan_lines(table([Line(data.data_ptr(), 1, 2 * (2 - start), 0, 2 * start, 0, 0, 0, 1)], device)))
+
+
+def table_of(numbered: Sequence[tuple[int, Line]], device: torch.device) -> tuple[Table, list[int]]:
+    """Lines ready to be scanned, and the number of the region that each belongs to, as `totals` takes them."""
+    return table([line for _, line in numbered], device), [n for n, _ in numbered]
 
 
 def totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:

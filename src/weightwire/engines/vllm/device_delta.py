@@ -14,13 +14,12 @@ import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.copy_plan import Plan
-from weightwire.engines.vllm.device import Held, Region, Version, synchronize, totals
+from weightwire.engines.vllm.device import Held, Region, Version, synchronize, table_of, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
 from weightwire.updates.delta import DELTA_DTYPES, Delta
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import NO_DIGEST, Digest, Scan, settle
-from weightwire.updates.digest_cuda import table
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.patch_cuda import Patches, Site
 from weightwire.updates.receipt import Proof
@@ -29,7 +28,7 @@ __all__ = ["DeviceDelta"]
 
 
 class DeviceDelta(ArrivingDelta):
-    """`receiver.DeltaStaging` on one rank. `live` and `held` are as in `DeviceStaging`; `held` must be of this plan."""
+    """`target.DeltaStaging` on one rank. `live` and `held` are as in `DeviceStaging`; `held` must be of this plan."""
 
     def __init__(
         self,
@@ -44,7 +43,7 @@ class DeviceDelta(ArrivingDelta):
                 "what this worker holds was not proven, and a delta needs to know what it starts from",
                 next_step="Publish everything first.",
             )
-        self.takes = [[copy.source for copy in copies] for copies in plan.copies]
+        self.takes = plan.takes
         self._regions = [
             Region(spec, number, copy, tensor, 0, ())
             for number, (spec, copies) in enumerate(zip(manifest.tensors, plan.copies, strict=True))
@@ -55,8 +54,7 @@ class DeviceDelta(ArrivingDelta):
         super().__init__(manifest, device)
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
         numbered = [(n, line) for n, r in enumerate(self._regions) for line in r.lines(r.target, r.copy.strides)]
-        self._lines = table([line for _, line in numbered], device)
-        self._lines_of = [n for n, _ in numbered]
+        self._lines, self._lines_of = table_of(numbered, device)
         self._patches: Patches | None = None
         self._expected: list[Digest] = []
         self.after: Sequence[Digest] = ()

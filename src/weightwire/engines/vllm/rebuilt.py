@@ -78,6 +78,7 @@ class Rebuilt(ArrivingDelta):
         return self._inner.takes
 
     def seal(self, scans: Sequence[Scan]) -> None:
+        after: list[Digest] = []
         for number, (spec, base) in enumerate(zip(self._specs, self._host.tensors, strict=True)):
             delta = self._parse(number)
             patch = self._decode(spec.name, delta, base)
@@ -85,7 +86,8 @@ class Rebuilt(ArrivingDelta):
             patch.apply(new)
             self._inner.write(number, 0, new)
             self._patches.append(patch)
-            self.after = [*self.after, delta.after]
+            after.append(delta.after)
+        self.after = after
         self._bytes.clear()
         self._inner.seal(scans)
 

@@ -204,7 +204,7 @@ class _Staged:
         self._twin = dict(twin.named_parameters())
         self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
         self._staged: dict[str, torch.Tensor] = {}
-        self.takes = [[copy.source for copy in copies] for copies in plan.copies]
+        self.takes = plan.takes
         self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
         self.nbytes = sum(self._twin[name].nbytes for name in self._users)
         self.nbytes += sum(self._twin[s.parameters["weight"]].nbytes for s in self._slots if s.packs_beside)
