@@ -1,9 +1,12 @@
-"""Updates of a real vLLM on GPUs, phase by phase.
+"""Updates of a real vLLM on GPUs, phase by phase, beside what stock vLLM does on the same machine.
 
-    python benchmarks/gpu.py same|pair|direct [--updates N] [--out FILE] [-- flags of vllm serve]
+    python benchmarks/gpu.py kernels same pair nccl direct adapter load [--updates 12] [--peer SCRIPT] [--out FILE]
 
-One server on the last GPU; the trainer on the same GPU (`same`), or on the first (`pair`, and `direct` with
-`staging="none"`). A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB.
+A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB. One server on the last GPU.
+`same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `nccl` and `direct`: the trainer on the first, over
+`cuda-ipc`, NCCL, and NCCL with `staging="none"`; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
+`load`: what an update every 2 s costs 48 running requests, with CUDA graphs, on a server of its own. `kernels` are
+the copy and the digest alone. SCRIPT times stock vLLM's own transfers (`nccl`, `ipc`, `lora`), a line of JSON each.
 """
 
 from __future__ import annotations
@@ -16,24 +19,40 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 import weightwire as ww
+from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
+from weightwire.updates.digest import scan_tensors_any, settle
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
 import models
 
+WARM_UP = 3
+RANK = 32
+LINEARS = {
+    "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024), "self_attn.v_proj": (4096, 1024),
+    "self_attn.o_proj": (4096, 4096), "mlp.gate_proj": (4096, 12288), "mlp.up_proj": (4096, 12288),
+    "mlp.down_proj": (12288, 4096),
+}  # fmt: skip
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
     "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 4096,
     "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
+SERVE = ["--max-model-len", "1024", "--gpu-memory-utilization", "0.4"]
+IDLE = ["--enforce-eager", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2"]
+# Graphs without torch.compile, which takes minutes the first time.
+LOADED = ["--max-num-seqs", "64", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+REQUESTS, EVERY, SECONDS = 48, 2.0, 20.0
 
 
 def weights(device: torch.device) -> dict[str, torch.Tensor]:
@@ -43,20 +62,36 @@ def weights(device: torch.device) -> dict[str, torch.Tensor]:
     return {n: torch.empty(t.shape, dtype=t.dtype, device=device).normal_(0, 0.02) for n, t in state.items()}
 
 
+def adapter(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(0, 0.01)
+
+    tensors = {}
+    for layer in range(int(SHAPE["num_hidden_layers"])):
+        for name, (fan_in, fan_out) in LINEARS.items():
+            prefix = f"base_model.model.model.layers.{layer}.{name}"
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = (
+                new(RANK, fan_in),
+                new(fan_out, RANK),
+            )
+    modules = [name.partition(".")[2] for name in LINEARS]
+    return tensors, {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "target_modules": modules}
+
+
 @contextlib.contextmanager
-def serving(gpus: str, flags: list[str]) -> Iterator[str]:
-    """A server with dummy weights on these GPUs; gives the path of its Unix socket."""
+def serving(gpu: str, flags: list[str]) -> Iterator[str]:
+    """A server with dummy weights on this GPU; gives the path of its Unix socket."""
     folder = Path(tempfile.mkdtemp(prefix="weightwire-benchmark-"))
     models.save_tokenizer(folder)
     Qwen3Config(**SHAPE, architectures=["Qwen3ForCausalLM"], dtype="bfloat16").save_pretrained(folder)
     socket = folder / "socket"
     command = [
         sys.executable, "-m", "weightwire.cli.main", "serve", str(folder), "--load-format", "dummy", "--uds",
-        str(socket), "--max-model-len", "1024", "--gpu-memory-utilization", "0.3", *flags,
+        str(socket), "--served-model-name", "model", *SERVE, *flags,
     ]  # fmt: skip
     log = folder / "log"
     with log.open("w") as out:
-        server = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpus}, stdout=out, stderr=out)
+        server = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -64,9 +99,9 @@ def serving(gpus: str, flags: list[str]) -> Iterator[str]:
                 engines[0].status(timeout=5)
                 break
             if server.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(log.read_text()[-6000:])
+                raise RuntimeError("the server did not start")
             time.sleep(1)
-        yield f"unix:{socket}"
+        yield str(socket)
     except BaseException:
         print(log.read_text()[-6000:], file=sys.stderr)
         raise
@@ -78,49 +113,198 @@ def serving(gpus: str, flags: list[str]) -> Iterator[str]:
             server.kill()
 
 
-def update(publisher: ww.Publisher, version: int, **how: Any) -> dict[str, Any]:
+def timed(publish: Callable[[int], Any], version: int) -> dict[str, Any]:
+    """One update: from the call until the engine generates again is without the verification, which follows."""
     started = time.perf_counter()
-    receipt = publisher.publish(version, **how)
+    receipt = publish(version)
     wall = time.perf_counter() - started
     engine = next(iter(receipt.engines.values()))
     return {
+        "resumed": wall - engine.seconds.get("verify", 0.0),
+        "wall": wall,
+        "paused": engine.pause,
+        **{f"trainer {phase}": seconds for phase, seconds in receipt.seconds.items()},
+        **{f"engine {phase}": seconds for phase, seconds in engine.seconds.items()},
+        "wire GB/s": receipt.nbytes / 1e9 / engine.seconds["stage"],
         "transport": engine.transport,
-        "resumed_s": wall - engine.seconds["verify"],
-        "wall_s": wall,
-        "pause_s": engine.pause,
-        "trainer": receipt.seconds,
-        "engine": engine.seconds,
-        "proven": sorted(set(engine.proven.values())),
+        "proven": ", ".join(sorted(set(engine.proven.values()))),
         "GB": receipt.nbytes / 1e9,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("mode", choices=["same", "pair", "direct"])
-    parser.add_argument("--updates", type=int, default=12)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--gpus", help="of the server")
-    parser.add_argument("--transport", help="by name")
-    args, flags = parser.parse_known_args()
-    last = torch.cuda.device_count() - 1
-    device = torch.device("cuda", last if args.mode == "same" else 0)
+class Idle:
+    """A server that generates nothing meanwhile, and the ways to update it."""
+
+    def __init__(self, url: str, updates: int) -> None:
+        self.url, self.updates, self.version = url, updates, 0
+        self.last = torch.device("cuda", torch.cuda.device_count() - 1)
+        self.first = torch.device("cuda", 0)
+
+    def measure(self, publish: Callable[[int], Any], change: Callable[[], Any]) -> list[dict[str, Any]]:
+        rounds = []
+        for _ in range(self.updates + WARM_UP):
+            change()
+            torch.cuda.synchronize()
+            self.version += 1
+            rounds.append(timed(publish, self.version))
+            print(json.dumps(rounds[-1]), flush=True)
+        return rounds[WARM_UP:]
+
+    def dense(self, device: torch.device, transport: str, **how: Any) -> list[dict[str, Any]]:
+        torch.cuda.set_device(device)
+        source = weights(device)
+        with ww.connect(self.url) as engines:
+            with ww.Publisher(source, engines, transport=transport, lease=20, deadline=60) as publisher:
+                return self.measure(
+                    lambda version: publisher.publish(version, **how), lambda: source["model.norm.weight"].add_(0.01)
+                )
+
+    def same(self) -> list[dict[str, Any]]:
+        return self.dense(self.last, "cuda-ipc")
+
+    def pair(self) -> list[dict[str, Any]]:
+        return self.dense(self.first, "cuda-ipc")
+
+    def nccl(self) -> list[dict[str, Any]]:
+        return self.dense(self.first, "nccl")
+
+    def direct(self) -> list[dict[str, Any]]:
+        return self.dense(self.first, "nccl", staging="none")
+
+    def adapter(self) -> list[dict[str, Any]]:
+        torch.cuda.set_device(self.last)
+        tensors, config = adapter(self.last)
+        some = next(iter(tensors.values()))
+        with ww.connect(self.url) as engines:
+            return self.measure(
+                lambda version: engines.adapters.load("policy", tensors, config, version), lambda: some.add_(0.01)
+            )
+
+
+def kernels() -> dict[str, float]:
+    """The copy and the digest alone, on the last GPU: milliseconds, the median of 10; `limit` is one large copy."""
+    device = torch.device("cuda", torch.cuda.device_count() - 1)
+    torch.cuda.set_device(device)
+    source = list(weights(device).values())
+    target = [torch.empty_like(tensor) for tensor in source]
+    copy = BatchedCopy(
+        (Move(s.data_ptr(), t.data_ptr(), 1, s.nbytes, 0, 0) for s, t in zip(source, target, strict=True)), device
+    )
+    half = (
+        torch.empty(1 << 32, dtype=torch.uint8, device=device),
+        torch.empty(1 << 32, dtype=torch.uint8, device=device),
+    )
+    total = sum(tensor.nbytes for tensor in source)
+
+    def milliseconds(work: Callable[[], Any]) -> float:
+        took = []
+        for _ in range(13):
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+            took.append(1000 * (time.perf_counter() - started))
+        return statistics.median(took[WARM_UP:])
+
+    return {
+        "copy": milliseconds(copy.run),
+        "copy one by one": milliseconds(lambda: [t.copy_(s) for s, t in zip(source, target, strict=True)]),
+        "digest": milliseconds(lambda: settle(scan_tensors_any(source))),
+        "limit": milliseconds(lambda: half[1].copy_(half[0])) * total / (1 << 32),
+    }
+
+
+def load(updates: int) -> dict[str, Any]:
+    """Tokens a second with and without an update every `EVERY` seconds, in turns."""
+    device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
-    how = {"staging": "none"} if args.mode == "direct" else {}
-    with serving(args.gpus or str(last), flags or ["--enforce-eager"]) as url, ww.connect(url) as engines:
-        with ww.Publisher(source, engines, transport=args.transport, lease=20, deadline=60) as publisher:
-            print(publisher.explain(), flush=True)
-            updates = []
-            for version in range(1, args.updates + 1):
-                source["model.norm.weight"].add_(0.01)
-                updates.append(update(publisher, version, **how))
-                print(json.dumps(updates[-1]), flush=True)
-    steady = updates[2:]
-    medians = {key: statistics.median(u[key] for u in steady) for key in ("resumed_s", "wall_s", "pause_s")}
-    print(json.dumps({"mode": args.mode, "updates": len(steady), **medians}))
-    if args.out:
-        args.out.write_text(json.dumps({"mode": args.mode, "median": medians, "updates": updates}, indent=1))
+    with serving(str(torch.cuda.device_count() - 1), LOADED) as socket:
+        client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
+        over = threading.Event()
+
+        def generate() -> None:
+            body = {"model": "model", "prompt": "hello", "max_tokens": 1000, "ignore_eos": True, "temperature": 1.0}
+            while not over.is_set():
+                client.post("/v1/completions", json=body).raise_for_status()
+
+        def tokens() -> float:
+            lines = client.get("/metrics").text.splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+        requests = [threading.Thread(target=generate, daemon=True) for _ in range(REQUESTS)]
+        found: dict[str, Any] = {"tokens/s": [], "tokens/s with updates": [], "updates": []}
+        version = 0
+        with ww.connect(f"unix:{socket}") as engines:
+            with ww.Publisher(source, engines, transport="nccl", lease=20, deadline=60) as publisher:
+                for version in range(1, WARM_UP + 1):
+                    publisher.publish(version)
+                for request in requests:
+                    request.start()
+                time.sleep(10)
+                for _ in range(max(updates // 10, 2)):
+                    started, before = time.perf_counter(), tokens()
+                    time.sleep(SECONDS)
+                    found["tokens/s"].append((tokens() - before) / (time.perf_counter() - started))
+                    started, before = time.perf_counter(), tokens()
+                    while (since := time.perf_counter() - started) < SECONDS:
+                        version += 1
+                        source["model.norm.weight"].add_(0.001)
+                        found["updates"].append(timed(publisher.publish, version))
+                        print(json.dumps(found["updates"][-1]), flush=True)
+                        time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
+                    found["tokens/s with updates"].append((tokens() - before) / (time.perf_counter() - started))
+                over.set()
+        for request in requests:
+            request.join(30)
+    return found
+
+
+def peer(script: str, way: str) -> list[dict[str, Any]]:
+    done = subprocess.run([sys.executable, script, way], capture_output=True, text=True, timeout=400)
+    if done.returncode:
+        print(done.stderr[-3000:], file=sys.stderr)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    ways = ["same", "pair", "nccl", "direct", "adapter"]
+    parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
+    parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")
+    parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    args = parser.parse_args()
+    last = torch.cuda.device_count() - 1
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(last), "command": " ".join(sys.argv[1:])}
+
+    def keep(name: str, found: Any) -> None:
+        results[name] = found
+        torch.cuda.empty_cache()
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        rounds = found if isinstance(found, list) else [found]
+        medians = {
+            key: round(statistics.median(each[key] for each in rounds if key in each), 4)
+            for key, value in (rounds[0] if rounds else {}).items()
+            if isinstance(value, float)
+        }
+        print(name, json.dumps(medians), flush=True)
+
+    if args.peer:
+        for way in ("ipc", "nccl", "lora"):
+            keep(f"peer {way}", peer(args.peer, way))
+    if "kernels" in args.ways:
+        keep("kernels", kernels())
+    if wanted := [way for way in ways if way in args.ways]:
+        with serving(str(last), IDLE) as socket:
+            idle = Idle(f"unix:{socket}", args.updates)
+            for way in wanted:
+                try:
+                    keep(way, getattr(idle, way)())
+                except ww.WeightwireError as error:
+                    print(f"{way}: {error!r}", file=sys.stderr, flush=True)
+    if "load" in args.ways:
+        keep("load", load(args.updates))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
-from weightwire.receiver import Arrivals, Receiver, decode_reply, encode_call
+from weightwire.receiver import Arrivals, Lent, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import Scan, scan
@@ -577,7 +577,7 @@ def test_a_bucket_sent_twice_is_taken_once() -> None:
 def test_what_is_lent_is_taken_whole_and_verified() -> None:
     target = FakeTarget()
     lent = values(3)
-    receiver = Receiver(target, _never_fetched, open=lambda address, arrivals: lent, background=False)
+    receiver = Receiver(target, _never_fetched, open=lambda address, arrivals: Lent(lent), background=False)
     manifest = msgspec.structs.replace(manifest_of(1), staging="lent")
     receiver.begin("u", manifest, "trainer", 60.0)
     receiver.stage("u", "cuda-ipc:")

@@ -37,8 +37,11 @@ class Fleet:
         """Work that goes on beside what the others do."""
         return self._pool.submit(work)
 
-    def outcomes(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T | WeightwireError]:
-        """The same on every engine at once: what came of it, or the error, by the engine's name."""
+    def outcomes(
+        self, phase: str, work: Callable[[Engine], T], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, T | WeightwireError]:
+        """The same on every engine at once, and something else here: what came of it, or the error, by the engine's
+        name."""
 
         def guarded(engine: Engine) -> T | WeightwireError:
             try:
@@ -50,11 +53,17 @@ class Fleet:
                 return EngineError(f"unexpected {error!r}", engine=engine.name, phase=phase)
 
         jobs = {engine.name: self._pool.submit(guarded, engine) for engine in self.engines}
-        return {name: job.result() for name, job in jobs.items()}
+        try:
+            meanwhile()
+        finally:
+            outcomes = {name: job.result() for name, job in jobs.items()}
+        return outcomes
 
-    def each(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T]:
+    def each(
+        self, phase: str, work: Callable[[Engine], T], meanwhile: Callable[[], None] = lambda: None
+    ) -> dict[str, T]:
         """The same; raises the first error, once all have answered."""
-        outcomes = self.outcomes(phase, work)
+        outcomes = self.outcomes(phase, work, meanwhile)
         for outcome in outcomes.values():
             if isinstance(outcome, WeightwireError):
                 raise outcome

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import torch
@@ -39,8 +39,9 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
+from weightwire.pull import pull, room_for
 from weightwire.revisions import Revision, Revisions
-from weightwire.target import AdapterStaging, DeltaStaging, Staging, Target
+from weightwire.target import AdapterStaging, DeltaStaging, Staging, TakesBuckets, Target
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import (
@@ -54,7 +55,7 @@ from weightwire.updates.digest import (
 )
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
 
-__all__ = ["Arrivals", "Receiver", "decode_reply", "encode_call"]
+__all__ = ["Arrivals", "Lent", "Receiver", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
@@ -77,9 +78,16 @@ class Arrivals:
     cancelled: threading.Event
 
 
+class Lent(NamedTuple):
+    """Every tensor of an update, in memory of the trainer's; `here`: on the device where the update is staged."""
+
+    tensors: Sequence[torch.Tensor]
+    here: bool = True
+
+
 T = TypeVar("T")
 Fetch = Callable[[str, Arrivals], Iterator[tuple[int, torch.Tensor]]]
-Open = Callable[[str, Arrivals], Sequence[torch.Tensor] | None]
+Open = Callable[[str, Arrivals], "Lent | None"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -549,13 +557,21 @@ class Receiver:
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
 
-    def _take_lent(self, update: _Update, tensors: Sequence[torch.Tensor]) -> None:
+    def _take_lent(self, update: _Update, lent: Lent) -> None:
+        if not lent.here and self._copies(update):
+            for index, data in pull(lent.tensors, update.buckets):
+                self._take(update, index, data)
+            return
         # From here, also where the trainer's GPU is another one.
-        device = torch.device("cuda", torch.cuda.current_device()) if tensors[0].is_cuda else None
-        update.scans = [*scan_tensors_any(tensors, device)]
-        for number, data in enumerate(tensors):
+        device = torch.device("cuda", torch.cuda.current_device()) if lent.tensors[0].is_cuda else None
+        update.scans = [*scan_tensors_any(lent.tensors, device)]
+        for number, data in enumerate(lent.tensors):
             update.staging.lend(number, data)
         self._arrived(update, range(len(update.buckets)))
+
+    def _copies(self, update: _Update) -> bool:
+        room = self._target.room() - room_for(update.buckets)
+        return isinstance(update.staging, TakesBuckets) and update.staging.copy_all(room)
 
     def _take(self, update: _Update, index: int, data: torch.Tensor) -> None:
         if index in update.received:
@@ -566,10 +582,14 @@ class Receiver:
         dtypes = [getattr(torch, spec.dtype) for spec in specs]
         scans = scan_runs_any(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
         self._poison_what_is_overwritten(update)
-        for piece, spec, dtype, scanned in zip(pieces, specs, dtypes, scans, strict=True):
+        for piece, scanned in zip(pieces, scans, strict=True):
             update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
-            run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
-            update.staging.write(piece.tensor, piece.start, run)
+        if isinstance(update.staging, TakesBuckets):
+            update.staging.write_bucket(update.buckets[index], data)
+        else:
+            for piece, spec, dtype in zip(pieces, specs, dtypes, strict=True):
+                run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
+                update.staging.write(piece.tensor, piece.start, run)
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:

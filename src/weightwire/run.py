@@ -36,6 +36,7 @@ __all__ = ["Means", "Run"]
 
 _PHASES = ("begin", "stage", "seal", "commit")
 _ABORT_SECONDS = 5.0
+_LENT_BUCKET_BYTES = 256 << 20  # where an engine copies what another GPU lends
 
 
 @dataclass(slots=True, kw_only=True)
@@ -83,6 +84,9 @@ class Run:
         self._begun: dict[str, Begun] = {}
         self._senders: list[Sender] = []
         self._lent = contextlib.ExitStack()
+        self._lent_at: dict[str, str] = {}
+        self._ahead: list[torch.Tensor] = []
+        self._ahead_scans: list[Scan | Pending] = []
         self._stages: list[Future[None]] = []
         self._route = Route(why=why)
         self.committing = False
@@ -236,7 +240,7 @@ class Run:
     def _begin(self, draft: Manifest) -> Manifest:
         senders = {name: way for name, way in self._ways.items() if not isinstance(way, Lender)}
         limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
-        wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=1 << 30)
+        wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=_LENT_BUCKET_BYTES)
         manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([wanted, *limits])))
         holder = f"{socket.gethostname()}:{os.getpid()}"
 
@@ -248,7 +252,7 @@ class Run:
             self._begun[engine.name] = begun
             return begun
 
-        self._fleet.each("begin", begin)
+        self._fleet.each("begin", begin, meanwhile=self._make_ready)
         behind = {engine for each in self._route.behind for engine in each.engines}
         self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
         return manifest
@@ -257,13 +261,22 @@ class Run:
         for name, way in self._ways.items():
             taking = [e for e in engines if self._choices[e.name].name == name]
             if isinstance(way, Lender):
-                self._lend(way, taking)
+                address = self._lent_at[name]
+                self._stages += [self._fleet.submit(functools.partial(self._fetch, e, address)) for e in taking]
             elif taking:
                 self._open(way, taking, cut(manifest))
 
-    def _lend(self, lender: Lender, engines: Sequence[Engine]) -> None:
-        address = self._lent.enter_context(lender.lend(self._reading.whole()))
-        self._stages += [self._fleet.submit(functools.partial(self._fetch, engine, address)) for engine in engines]
+    def _make_ready(self) -> None:
+        """While engines begin: lend what is lent, and have a GPU scan what it has whole, by one launch for all, which
+        is much cheaper than one for each piece."""
+        for name, way in self._ways.items():
+            if isinstance(way, Lender):
+                self._lent_at[name] = self._lent.enter_context(way.lend(self._reading.whole()))
+        reads_along = self._baseline is not None and self._baseline.reads_along
+        plain = self._ranks is None and not self.of_deltas and not reads_along
+        if plain and Weights(self._source).device.type == "cuda":
+            self._ahead = self._reading.whole()
+            self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else []
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
         links = [self._link(engine) for engine in engines]
@@ -295,19 +308,15 @@ class Run:
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
-            whole = self._reading.whole()
-            scans = scan_tensors_any(whole)
+            whole = self._ahead or self._reading.whole()
+            scans = self._ahead_scans or scan_tensors_any(whole)
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
             self._together.on_leader(self._finish)
             return settle(scans)
-        ahead: list[torch.Tensor] = []
-        plain = self._ranks is None and deltas is None and not (self._baseline and self._baseline.reads_along)
-        if plain and Weights(self._source).device.type == "cuda":
-            # On a GPU, one launch for all is much cheaper than one for each piece.
-            ahead = self._reading.whole()
-            scans = scan_tensors_any(ahead) if ahead else scans
+        ahead = self._ahead
+        scans = [*self._ahead_scans] or scans
         wire = manifest.wire
         for bucket in cut(manifest):
             data = self._together.on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
@@ -409,7 +418,7 @@ class Run:
         engine.abort(self._id(engine), timeout=_ABORT_SECONDS)
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        pause = 0.0001
+        pause = 0.00005
         while not ready():
             for stage in self._stages:
                 if stage.done():
@@ -418,7 +427,7 @@ class Run:
                 slow = ", ".join(engine.name for engine in self._fleet.engines)
                 raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
             time.sleep(pause)
-            pause = min(pause * 1.5, 0.0005)
+            pause = min(pause * 1.2, 0.0005)
 
 
 def _check_base(specs: Sequence[TensorSpec], base: Sequence[TensorSpec]) -> None:

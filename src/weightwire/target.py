@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
 from weightwire.revisions import Revision
 from weightwire.updates.boxes import Box
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "DeltaStaging", "Staging", "Target"]
+__all__ = ["AdapterStaging", "DeltaStaging", "Staging", "TakesBuckets", "Target"]
 
 
 class Staging(Protocol):
@@ -50,6 +51,18 @@ class Staging(Protocol):
 
     def discard(self) -> None:
         """Let go of the staged memory."""
+
+
+@runtime_checkable
+class TakesBuckets(Protocol):
+    """A `Staging` on a GPU, where one launch for a bucket is much cheaper than one for each of its pieces."""
+
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
+        """`Staging.write` of each of its pieces. `data`: the whole bucket, uint8."""
+
+    def copy_all(self, room: int) -> bool:
+        """Stage a copy of what is lent too, if that needs no more than `room` bytes: its memory is another GPU's, and
+        the engine stands still while it is read at commit. Whether it will be staged."""
 
 
 class AdapterStaging(Staging, Protocol):

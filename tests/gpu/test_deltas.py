@@ -5,25 +5,28 @@ pytest -m gpu tests/gpu/test_deltas.py        # the second needs vLLM; one of it
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+from support.gpu import gpu, run, two_gpus
+
+pytestmark = gpu
 
 TESTS = Path(__file__).parent.parent
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-@pytest.mark.parametrize("file", ["delta.py", "device_delta.py", "baseline_device.py"])
+@pytest.mark.parametrize(
+    "file", ["delta.py", "device_delta.py", "baseline_device.py", "digest.py", "batched_copy.py", "device_staging.py"]
+)
 def test_the_kernels_as_compiled(file: str) -> None:
-    run([sys.executable, "-m", "pytest", "-q", "--no-header", str(TESTS / "kernels" / file)], TRITON_INTERPRET="0")
+    env = {**os.environ, "TRITON_INTERPRET": "0", "PYTEST_XDIST_WORKER": ""}
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(TESTS / "kernels" / file)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
@@ -37,9 +40,7 @@ def test_the_kernels_as_compiled(file: str) -> None:
 def test_deltas_equal_what_a_fresh_engine_loads(
     family: str, ranks: int, transport: str, baseline: str, tmp_path: Path
 ) -> None:
-    script = TESTS / "vllm" / "deltas_gpu.py"
-    output = run([sys.executable, str(script), family, str(ranks), transport, baseline, str(tmp_path)])
-    results: dict[str, Any] = json.loads(output.splitlines()[-1])
+    results = run("deltas_gpu.py", family, ranks, transport, baseline, tmp_path)
 
     def said(name: str) -> list[object]:
         return [(output["tokens"], output["logprobs"]) for output in results[name]]
@@ -49,11 +50,3 @@ def test_deltas_equal_what_a_fresh_engine_loads(
     assert f"the commit failed on rank {ranks - 1}, which has its old weights back" in results["failed"]
     assert said("undone") == said("before") != said("published")
     assert said("published") == said("loaded")
-
-
-def run(command: list[str], **environment: str) -> str:
-    path = os.pathsep.join(filter(None, (str(TESTS / "vllm"), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "PYTEST_XDIST_WORKER": "", **environment}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return done.stdout

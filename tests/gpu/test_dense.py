@@ -5,20 +5,14 @@ pytest -m gpu tests/gpu/test_dense.py        # needs vLLM; some need two GPUs
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+from support.gpu import gpu, run, two_gpus
 
-SCRIPTS = Path(__file__).parent.parent / "vllm"
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = gpu
+
 # family, tied embeddings, dtype, tensor parallel, LoRA enabled, a partial update as well, transport, CUDA graphs
 CASES = [
     pytest.param("qwen3", "tied", "bfloat16", 1, "lora", "parts", "cuda-ipc", "0"),
@@ -35,7 +29,7 @@ def test_an_updated_engine_equals_a_fresh_one(
     family: str, tied: str, dtype: str, ranks: int, lora: str, parts: str, transport: str, graphs: str, tmp_path: Path
 ) -> None:
     arguments = (family, tied, dtype, ranks, lora, parts, tmp_path)
-    results = run(SCRIPTS / "exactness.py", *arguments, TRANSPORT=transport, CUDA_GRAPHS=graphs)
+    results = run("exactness.py", *arguments, TRANSPORT=transport, CUDA_GRAPHS=graphs)
 
     def outputs(name: str) -> list[object]:
         return [(output["tokens"], output["logprobs"]) for output in results[name]]
@@ -50,7 +44,7 @@ def test_an_updated_engine_equals_a_fresh_one(
 
 
 def test_a_hundred_updates_leave_memory_as_it_was(tmp_path: Path) -> None:
-    results = run(SCRIPTS / "hundred.py", tmp_path)
+    results = run("hundred.py", tmp_path)
     for transport in ("cuda-ipc", "shm"):
         first, last = results[transport]
         assert abs(first - last) <= 64 << 20, (transport, first, last)
@@ -58,18 +52,9 @@ def test_a_hundred_updates_leave_memory_as_it_was(tmp_path: Path) -> None:
 
 @two_gpus
 def test_a_trainer_that_dies_while_it_sends(tmp_path: Path) -> None:
-    results = run(SCRIPTS / "killed.py", tmp_path)
+    results = run("killed.py", tmp_path)
     assert results["killed"]["state"] == "idle"
     assert results["killed"]["version"] == 1
     assert results["killed"]["same tokens"]
     assert results["seconds"] < results["lease"] + 60
     assert results["after"] == {"version": 3, "transport": "nccl"}
-
-
-def run(script: Path, *arguments: object, **environment: str) -> dict[str, Any]:
-    path = os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH"))))
-    env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
-    command = [sys.executable, str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["digest.py", "batched_copy.py", "delta.py", "device_delta.py", "baseline_device.py"]
+FILES = ["digest.py", "batched_copy.py", "device_staging.py", "delta.py", "device_delta.py", "baseline_device.py"]
 
 
 @pytest.mark.parametrize("file", FILES)

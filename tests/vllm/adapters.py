@@ -26,6 +26,7 @@ import models
 
 import weightwire as ww
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 PROMPTS = ["hello world", "the quick brown fox"]
@@ -69,6 +70,7 @@ class Bench:
             max_num_seqs=8,
             seed=0,
             worker_extension_cls="faults.FaultyWorker",
+            **({"gpu_memory_utilization": 0.1} if DEVICE == "cuda" else {}),
         )
         self.engines = ww.connect(self.llm)
         self.dtype = getattr(torch, dtype)
@@ -81,7 +83,7 @@ class Bench:
         """A PEFT model with an adapter of random weights."""
         model = get_peft_model(self.new_base(self.base.config.model_type, seed=1), LoraConfig(**config))
         models.shake_adapter(model, seed)
-        return model.to(self.dtype)
+        return model.to(DEVICE, self.dtype)
 
     def publish(self, model: Any, version: int, **how: Any) -> Any:
         with ww.Publisher(model, self.engines, **how) as publisher:

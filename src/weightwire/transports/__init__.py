@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weightwire.errors import TransportError, UsageError, WeightwireError
-from weightwire.receiver import Arrivals
+from weightwire.receiver import Arrivals, Lent
 from weightwire.transports import cuda_ipc, gloo, http, nccl, shm
 from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Sender, Transport, Wait, Weights
 
@@ -129,7 +129,7 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
     return _FETCH[scheme](address, arrivals)
 
 
-def open_lent(address: str, arrivals: Arrivals) -> Sequence[torch.Tensor] | None:
+def open_lent(address: str, arrivals: Arrivals) -> Lent | None:
     """The worker's half of a `Lender`: every tensor of the update, in the trainer's memory. None when `address` is of a
     way that brings buckets."""
     lender = _OPEN.get(address.partition(":")[0])

@@ -1,4 +1,4 @@
-"""The five calls of the CUDA driver that lend memory to another process, which torch has only in a form that pickles.
+"""The calls of the CUDA driver that lend memory to another process, which torch has only in a form that pickles.
 
 A handle is 64 bytes of plain data. It stands for a whole allocation; what is opened must be closed.
 """
@@ -9,9 +9,11 @@ import ctypes
 import functools
 from typing import Any
 
+import torch
+
 from weightwire.errors import TransportError
 
-__all__ = ["close_handle", "handle_of", "open_handle", "range_of"]
+__all__ = ["close_handle", "handle_of", "open_handle", "range_of", "uuid_of"]
 
 HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1
@@ -46,6 +48,11 @@ def open_handle(handle: bytes) -> int:
 
 def close_handle(address: int) -> None:
     _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+
+def uuid_of(device: torch.device) -> str:
+    """The name of a GPU, the same in every process."""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 @functools.cache

@@ -19,6 +19,7 @@ import msgspec
 import torch
 
 from weightwire.errors import TransportError, UsageError, WeightwireError
+from weightwire.receiver import Lent
 from weightwire.transports import cuda_driver
 from weightwire.transports.base import Weights
 from weightwire.updates.manifest import TensorSpec
@@ -29,8 +30,10 @@ _SECRET_BYTES = 16
 
 
 class _Lent(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`allocations`: handle and bytes; `tensors`: number of the allocation and byte where each begins."""
+    """`gpu`: by its UUID; `allocations`: handle and bytes; `tensors`: number of the allocation and byte where each
+    begins."""
 
+    gpu: str
     allocations: list[tuple[bytes, int]]
     tensors: list[tuple[int, int]]
 
@@ -86,7 +89,7 @@ class CudaIpc:
                     numbers[base] = len(allocations)
                     allocations.append((cuda_driver.handle_of(base), size))
                 places.append((numbers[base], tensor.data_ptr() - base))
-        lent = _Lent(allocations=allocations, tensors=places)
+        lent = _Lent(gpu=cuda_driver.uuid_of(tensors[0].device), allocations=allocations, tensors=places)
         return f"cuda-ipc:{base64.b64encode(msgspec.msgpack.encode(lent)).decode()}"
 
 
@@ -99,10 +102,10 @@ class _Opened:
 
     def __init__(self) -> None:
         self._open: dict[bytes, tuple[int, int]] = {}
-        self._last: tuple[object, list[torch.Tensor]] = (None, [])
+        self._last: tuple[object, Lent] = (None, Lent([]))
         self._lock = threading.Lock()
 
-    def take(self, address: str, tensors: tuple[TensorSpec, ...]) -> list[torch.Tensor]:
+    def take(self, address: str, tensors: tuple[TensorSpec, ...]) -> Lent:
         """Open what is new, close what is named no more, and find the tensors in it."""
         with self._lock:
             if self._last[0] == (address, tensors):
@@ -110,7 +113,7 @@ class _Opened:
             lent = _parse(address)
             if len(lent.tensors) != len(tensors):
                 raise UsageError(f"{len(lent.tensors)} tensors are lent, the manifest has {len(tensors)}")
-            self._last = (None, [])
+            self._last = (None, Lent([]))
             wanted = {handle for handle, _ in lent.allocations}
             for handle in self._open.keys() - wanted:
                 cuda_driver.close_handle(self._open.pop(handle)[0])
@@ -119,20 +122,22 @@ class _Opened:
                 self._open[handle] = (opened, cuda_driver.range_of(opened)[1])
             places = [self._open[handle] for handle, _ in lent.allocations]
             found = [_view(places, place, spec) for place, spec in zip(lent.tensors, tensors, strict=True)]
-            self._last = ((address, tensors), found)
-            return found
+            # By its name: what is opened from a GPU that this process does not see counts as this one's.
+            here = lent.gpu == cuda_driver.uuid_of(torch.device("cuda", torch.cuda.current_device()))
+            self._last = ((address, tensors), Lent(found, here))
+            return self._last[1]
 
 
 _opened = _Opened()
 
 
-def open_lent(address: str, tensors: Sequence[TensorSpec]) -> list[torch.Tensor]:
+def open_lent(address: str, tensors: Sequence[TensorSpec]) -> Lent:
     """The worker's half: the tensors at an address, in memory that is the trainer's."""
     if address in _own:
         found = [*_own[address]]
         if [tuple(t.shape) for t in found] != [spec.shape for spec in tensors]:
             raise UsageError("what is lent are other tensors than the manifest's")
-        return found
+        return Lent(found, found[0].device.index in (None, torch.cuda.current_device()))
     return _opened.take(address, tuple(tensors))
 
 

@@ -24,6 +24,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Sender, Wait, Weights
+from weightwire.transports.cuda_driver import uuid_of
 from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_for
 from weightwire.updates.buckets import Bucket
 
@@ -76,7 +77,7 @@ class Nccl:
         if not dist.is_available() or not dist.is_nccl_available():
             raise TransportError("this build of torch has no NCCL")
         self._device = device
-        yield f"nccl:{self._meeting.open(host)}/{_uuid(device)}"
+        yield f"nccl:{self._meeting.open(host)}/{uuid_of(device)}"
 
     def bucket_limit(self, nbytes: int) -> int | None:
         return None
@@ -158,7 +159,7 @@ def probe(offer: str) -> str | None:
     where, _, gpu = offer.partition("/")
     if not torch.cuda.is_available() or not dist.is_nccl_available():
         return "this engine is not on an Nvidia GPU with NCCL"
-    if gpu == _uuid(torch.device("cuda", torch.cuda.current_device())):
+    if gpu == uuid_of(torch.device("cuda", torch.cuda.current_device())):
         return "the trainer is on the same GPU, which NCCL refuses"
     return reach("nccl", where)
 
@@ -252,7 +253,3 @@ def _unwatched() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-
-
-def _uuid(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)

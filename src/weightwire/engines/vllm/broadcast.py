@@ -36,6 +36,7 @@ from weightwire.errors import (
     UnsupportedError,
     WeightwireError,
 )
+from weightwire.receiver import Lent
 from weightwire.updates.boxes import Box
 from weightwire.updates.digest import scan_any, settle
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
@@ -94,11 +95,11 @@ class Broadcasts:
     def update_weight_cuda_ipc(self, name: Any, dtype: Any, shape: Any, handles: Any, last: Any) -> None:
         self._everywhere(lambda: self._take(name, dtype, shape, bool(last), lambda spec: self._open(spec, handles)))
 
-    def open(self, address: str) -> list[torch.Tensor]:
+    def open(self, address: str) -> Lent:
         """What is held, for the receiver."""
         if (held := self._offered.get(address)) is None:
             raise TransportError("nothing is held under this address")
-        return [each.data for each in held]
+        return Lent([each.data for each in held])
 
     # -- one parameter ---------------------------------------------------------------------------------------------
 

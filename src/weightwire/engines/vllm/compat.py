@@ -36,7 +36,6 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "AsyncLLM.pause_generation",
         "AsyncLLM.resume_generation",
         "AsyncLLM.errored",
-        "AsyncLLM.is_sleeping",
     ),
     "vllm.v1.engine.output_processor": ("OutputProcessor.get_num_unfinished_requests",),
     "vllm.v1.engine.llm_engine": ("LLMEngine.add_request", "LLMEngine.collective_rpc", "LLMEngine.reset_prefix_cache"),

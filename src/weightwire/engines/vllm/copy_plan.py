@@ -19,7 +19,7 @@ from weightwire.errors import ManifestError, MissingTensor, ShapeMismatch, Unkno
 from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["Copy", "Fill", "Plan", "record"]
+__all__ = ["Copy", "Fill", "Place", "Plan", "record"]
 
 
 class Copy(NamedTuple):
@@ -29,6 +29,18 @@ class Copy(NamedTuple):
     parameter: str
     offset: int
     strides: tuple[int, ...]
+
+
+class Place(NamedTuple):
+    """A rectangle of `shape` that lies from element `first` on, with `strides`, in what arrived, and goes to
+    `parameter`, from element `second` on, with strides `steps`."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    first: int
+    strides: tuple[int, ...]
+    second: int
+    steps: tuple[int, ...]
 
 
 class Fill(NamedTuple):
@@ -53,26 +65,31 @@ class Plan:
         """Which parts of each tensor go anywhere (`target.Staging.takes`)."""
         return [[copy.source for copy in copies] for copies in self.copies]
 
+    def places(self, spec: TensorSpec, number: int, start: int, count: int) -> Iterator[Place]:
+        """Where elements `start .. start + count` (row-major) of a tensor go, given as one run of elements."""
+        strides = strides_of(spec.shape)
+        for run in rectangles(spec.shape, start, start + count):
+            for copy in self.copies[number]:
+                part = intersect(run, copy.source)
+                if part is None:
+                    continue
+                first = sum(p * s for p, s in zip(part.start, strides, strict=True)) - start
+                second = copy.offset + sum(
+                    (p - c) * s for p, c, s in zip(part.start, copy.source.start, copy.strides, strict=True)
+                )
+                yield Place(copy.parameter, part.shape, first, strides, second, copy.strides)
+
     def write(
         self, spec: TensorSpec, number: int, start: int, data: torch.Tensor, staged: Mapping[str, torch.Tensor]
     ) -> dict[str, int]:
         """Put elements `start ..` of a tensor (1-D `data`) where they belong in contiguous parameters; gives how many
         each parameter got."""
         written: dict[str, int] = defaultdict(int)
-        strides = strides_of(spec.shape)
-        for run in rectangles(spec.shape, start, start + data.numel()):
-            for copy in self.copies[number]:
-                part = intersect(run, copy.source)
-                if part is None:
-                    continue
-                at = sum(p * s for p, s in zip(part.start, strides, strict=True)) - start
-                to = copy.offset + sum(
-                    (p - c) * s for p, c, s in zip(part.start, copy.source.start, copy.strides, strict=True)
-                )
-                source = data.as_strided(part.shape, strides, data.storage_offset() + at)
-                target = staged[copy.parameter]
-                target.as_strided(part.shape, copy.strides, target.storage_offset() + to).copy_(source)
-                written[copy.parameter] += source.numel()
+        for place in self.places(spec, number, start, data.numel()):
+            source = data.as_strided(place.shape, place.strides, data.storage_offset() + place.first)
+            target = staged[place.parameter]
+            target.as_strided(place.shape, place.steps, target.storage_offset() + place.second).copy_(source)
+            written[place.parameter] += source.numel()
         return written
 
 

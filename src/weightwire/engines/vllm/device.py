@@ -1,13 +1,13 @@
 """A whole model's staged copy on a GPU, and its way into the live parameters: one batched copy.
 
 What arrives is put where it belongs in spare memory of the parameters' own shapes while the engine generates. What the
-trainer lends out of its own memory stays there: it is read once for its digest, and once more at commit. With
-`staging="none"` what arrives goes into the live parameters themselves.
+trainer lends out of its own memory on the same GPU stays there: it is read once for its digest, and once more at
+commit. With `staging="none"` what arrives goes into the live parameters themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,12 +18,15 @@ from weightwire.engines.vllm.copy_plan import Copy, Plan
 from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import rows_of, strides_of
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec
 from weightwire.updates.receipt import Proof
 
 __all__ = ["DeviceStaging", "Held", "Region", "Tables", "Version", "synchronize", "table_of", "totals", "warm_up"]
+
+_ALIGNMENT = 256  # bytes, as torch's own memory has
 
 
 class Region(NamedTuple):
@@ -58,11 +61,15 @@ class Tables:
     """What was made ready for the last update, kept because the next mostly has the same addresses."""
 
     key: object = None
+    regions: list[Region] = field(default_factory=list)
     copies: BatchedCopy | None = None
     live: Table | None = None
     live_of: list[int] = field(default_factory=list)
     parts: Table | None = None
     parts_of: list[int] = field(default_factory=list)
+    buckets: dict[object, BatchedCopy] = field(default_factory=dict)
+    """The way of each bucket into staged memory, by where it arrives."""
+    buckets_of: object = None
 
 
 class Version(NamedTuple):
@@ -103,6 +110,7 @@ class DeviceStaging:
         self.takes = plan.takes
         self._lent: dict[int, int] = {}
         self._staged: dict[str, torch.Tensor] = {}
+        self._memory: torch.Tensor | None = None
         self._regions: list[Region] = []
         self._expected: list[Scan] = []
         self._cast = {
@@ -112,6 +120,8 @@ class DeviceStaging:
             if live[copy.parameter][0].dtype != getattr(torch, spec.dtype)
         }
         named = {copy.parameter for copies in plan.copies for copy in copies}
+        # Of a tensor that is cast on its way into one parameter, all is written.
+        cast = {c.parameter for copies in plan.copies if any(c.parameter in self._cast for c in copies) for c in copies}
         if manifest.staging == "none":
             if apart := [name for name in named if len(live[name]) > 1]:
                 raise UnsupportedError(
@@ -119,15 +129,40 @@ class DeviceStaging:
                     next_step="Publish without staging='none'.",
                 )
             self._staged = {name: live[name][0] for name in named}
-        own = {"copy": named, "lent": self._cast, "none": set[str]()}[manifest.staging]
-        self.nbytes = sum(live[name][0].nbytes for name in own)
+        self._all = sorted(named)
+        self._own = {"copy": self._all, "lent": sorted(cast), "none": []}[manifest.staging]
+        self.nbytes = self._size(self._own)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        for copy in self._plan.copies[tensor]:
-            if copy.parameter not in self._staged:
-                self._staged[copy.parameter] = torch.empty_like(self._live[copy.parameter][0])
-        data = data.to(self._device)
-        self._plan.write(self._manifest.tensors[tensor], tensor, start, data, self._staged)
+        self._allocate()
+        self._plan.write(self._manifest.tensors[tensor], tensor, start, data.to(self._device), self._staged)
+
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
+        """`write` of each of its pieces, out of the whole bucket, by one launch where nothing is cast on the way."""
+        self._allocate()
+        copies = self._plan.copies
+        if data.device != self._device or any(
+            c.parameter in self._cast for p in bucket.pieces for c in copies[p.tensor]
+        ):
+            for piece in bucket.pieces:
+                spec = self._manifest.tensors[piece.tensor]
+                run = data[piece.offset : piece.offset + piece.count * spec.itemsize]
+                self.write(piece.tensor, piece.start, run.view(getattr(torch, spec.dtype)))
+            return
+        tables = self._tables
+        of = (self._plan, self._manifest.bucket_bytes, [tensor.data_ptr() for tensor in self._staged.values()])
+        if tables.buckets_of != of:
+            tables.buckets_of, tables.buckets = of, {}
+        key = (bucket.index, data.data_ptr())
+        if key not in tables.buckets:
+            tables.buckets[key] = BatchedCopy(self._moves(bucket, data), self._device)
+        tables.buckets[key].run()
+
+    def copy_all(self, room: int) -> bool:
+        """As `target.TakesBuckets`."""
+        if self._size(self._all) <= room:
+            self._own = self._all
+        return self._own is self._all
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         """The whole of a tensor, in memory that stays as it is until `discard`. It may be on another GPU."""
@@ -141,16 +176,13 @@ class DeviceStaging:
         # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
         for name in self._cast & self._staged.keys() if self._manifest.finite else ():
             refuse_infinite(name, self._staged[name])
-        self._regions = [
-            region
-            for number, (spec, copies) in enumerate(zip(self._manifest.tensors, self._plan.copies, strict=True))
-            for copy in copies
-            for region in self._places(number, spec, copy)
-        ]
-        # All else of a region follows from the plan.
-        key = (self._plan, [(region.source, region.target) for region in self._regions])
+        # All of a region follows from the plan and from where things are.
+        live = [tensor.data_ptr() for tensors in self._live.values() for tensor in tensors]
+        staged = [(name, tensor.data_ptr()) for name, tensor in self._staged.items()]
+        key = (self._plan, self._lent, staged, live)
         if self._tables.key != key:
             self._fill(key)
+        self._regions = self._tables.regions
         # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
         parts = totals(self._tables.parts, self._tables.parts_of, len(self._regions))
         self._expected = [
@@ -185,9 +217,34 @@ class DeviceStaging:
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
-        self._staged.clear()
-        self._lent.clear()
-        self._regions.clear()
+        self._staged, self._memory = {}, None
+        self._lent = {}
+        self._regions = []
+
+    def _size(self, names: Sequence[str]) -> int:
+        return sum(_aligned(self._live[name][0].nbytes) for name in names)
+
+    def _allocate(self) -> None:
+        # In one piece, which the allocator then finds in the same place at the next update.
+        if self._memory is not None or self._manifest.staging == "none":
+            return
+        self._memory = torch.empty(self._size(self._own), dtype=torch.uint8, device=self._device)
+        offset = 0
+        for name in self._own:
+            live = self._live[name][0]
+            run = self._memory[offset : offset + live.nbytes]
+            self._staged[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
+            offset += _aligned(live.nbytes)
+
+    def _moves(self, bucket: Bucket, data: torch.Tensor) -> Iterator[Move]:
+        for piece in bucket.pieces:
+            spec = self._manifest.tensors[piece.tensor]
+            source = data.data_ptr() + piece.offset
+            for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
+                target = self._staged[place.parameter].data_ptr() + place.second * spec.itemsize
+                for rows in rows_of(place.shape, place.strides, place.steps):
+                    moved = rows._replace(first=rows.first + place.first)
+                    yield Move.of(moved, source, target, spec.itemsize)
 
     def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[Region]:
         if number in self._lent:
@@ -200,13 +257,25 @@ class DeviceStaging:
         return [Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
 
     def _fill(self, key: object) -> None:
-        tables, numbered = self._tables, list(enumerate(self._regions))
+        tables = self._tables
+        tables.key = None
+        tables.regions = [
+            region
+            for number, (spec, copies) in enumerate(zip(self._manifest.tensors, self._plan.copies, strict=True))
+            for copy in copies
+            for region in self._places(number, spec, copy)
+        ]
+        numbered = list(enumerate(tables.regions))
         live = [(n, line) for n, r in numbered for line in r.lines(r.target, r.copy.strides)]
         parts = [(n, line) for n, r in numbered if not r.is_whole for line in r.lines(r.source, r.strides)]
-        tables.copies = BatchedCopy((move for r in self._regions for move in r.moves()), self._device)
+        tables.copies = BatchedCopy((move for r in tables.regions for move in r.moves()), self._device)
         tables.live, tables.live_of = table_of(live, self._device)
         tables.parts, tables.parts_of = table_of(parts, self._device)
-        self._tables.key = key
+        tables.key = key
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def warm_up(device: torch.device) -> None:

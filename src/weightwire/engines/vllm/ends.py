@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 
 from weightwire import transports
 from weightwire.engines.vllm.sleep import Sleep
 from weightwire.engines.vllm.target import VllmTarget
 from weightwire.errors import StateError
-from weightwire.receiver import Arrivals, Receiver
+from weightwire.receiver import Arrivals, Lent, Receiver
 
 if TYPE_CHECKING:
     from weightwire.engines.vllm.broadcast import Broadcasts
@@ -52,7 +50,7 @@ class Ends:
                 return msgspec.msgpack.encode({"error": error.to_wire()})
         return self.receiver.handle(op, arguments, body)
 
-    def _open(self, address: str, arrivals: Arrivals) -> Sequence[torch.Tensor] | None:
+    def _open(self, address: str, arrivals: Arrivals) -> Lent | None:
         # What was broadcast is in this process already.
         return (
             self.broadcasts.open(address)

@@ -60,7 +60,10 @@ class AsyncHost:
             raise _lost(error, self.name) from error
 
     async def pause(self, mode: Pause, clear_cache: bool) -> None:
-        self._stays_paused = await self._partly_asleep()
+        # Both at once: what is asked is asked of the workers, for which it makes no difference.
+        self._stays_paused, _ = await asyncio.gather(self._partly_asleep(), self._pause(mode, clear_cache))
+
+    async def _pause(self, mode: Pause, clear_cache: bool) -> None:
         core = self._engine.engine_core
         if supports(core, "pause_scheduler_async") and not self._engine.model_config.is_multimodal_model:
             # What `pause_generation` does without its 20 ms of courtesy; with images it also clears their cache.
@@ -89,9 +92,7 @@ class AsyncHost:
 
     async def _partly_asleep(self) -> bool:
         # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever
-        # put the engine to sleep lets it generate again. vLLM calls it sleeping also when it is merely paused.
-        if not await self._engine.is_sleeping():
-            return False
+        # put the engine to sleep lets it generate again.
         return any(map(decode_reply, await self.call("asleep", encode_call(), None, 0.0)))
 
     def _refuse_replicas(self) -> None:
