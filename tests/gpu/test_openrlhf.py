@@ -38,7 +38,8 @@ def test_a_trainer_that_speaks_the_interface(custom: str, tmp_path: Path) -> Non
         if name == "poisoned":
             continue
         assert outcome["same tokens"], (name, outcome)
-        assert outcome["apart"] < 2e-3, (name, outcome)
+        # Attention there multiplies float32 with ten bits of fraction.
+        assert outcome["apart"] < 1e-2 < 0.1 < outcome["apart from another"], (name, outcome)
         assert outcome["state"] == "idle", (name, outcome)
     for wrong in ("name", "shape", "slice", "kind", "nan", "last"):
         assert came[f"wrong {wrong}"]["came"]["error"]

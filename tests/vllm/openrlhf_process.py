@@ -104,10 +104,12 @@ class Engine:
         output = self.llm.generate({"prompt_token_ids": PROMPT}, sampling, use_tqdm=False)[0].outputs[0]
         said = [next(iter(step.values())).logprob for step in output.logprobs]
         reference = models.new_model("qwen3", tied=True, seed=seed)
+        another = models.new_model("qwen3", tied=True, seed=seed + 1)
         status = self.engines[0].status()
         greedy = reference.generate(torch.tensor([PROMPT]), max_new_tokens=10, do_sample=False, eos_token_id=None)
         return {
             "apart": apart(said, logprobs(reference, PROMPT, list(output.token_ids))),
+            "apart from another": apart(said, logprobs(another, PROMPT, list(output.token_ids))),
             "same tokens": list(output.token_ids) == greedy[0, len(PROMPT) :].tolist(),
             "version": status.version,
             "state": status.state,
@@ -119,7 +121,7 @@ class Engine:
 
 def main(folder: Path) -> None:
     models.save(models.new_model("qwen3", tied=True, seed=1), folder / "served")
-    on_gpu = {} if CUSTOM == "gloo" else {"gpu_memory_utilization": 0.3, "enable_sleep_mode": True}
+    on_gpu = {} if CUSTOM == "gloo" else {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "enable_sleep_mode": True}
     llm = LLM(
         str(folder / "served"), dtype="float32", enforce_eager=True, max_model_len=256, tensor_parallel_size=WORKERS,
         worker_extension_cls="faults.FaultyWorker", **on_gpu,
