@@ -207,8 +207,7 @@ class Receiver:
             adapter = revision and self._target.prepare_adapter(manifest, revision)
             delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
             staging = adapter or delta or self._target.prepare(manifest)
-            room = self._target.room()
-            if staging.nbytes > room:
+            if staging.nbytes and staging.nbytes > (room := self._target.room()):
                 staging.discard()
                 raise RoomError(
                     f"the staged copy needs {staging.nbytes} bytes on rank {self._rank}, {room} may be used",

@@ -46,7 +46,8 @@ def main(folder: str) -> None:
     url = f"unix:{folder}/socket"
     command = [
         sys.executable, "-m", "weightwire.cli.main", "serve", str(path), "--uds", f"{folder}/socket", "--enforce-eager",
-        "--max-model-len", "128", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(1 << 30), "--dtype", "bfloat16",
+        "--max-model-len", "128", "--dtype", "bfloat16", "--gpu-memory-utilization", "0.1",
+        "--kv-cache-memory-bytes", str(1 << 30),
     ]  # fmt: skip
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "1"}
     with open(f"{folder}/log", "w") as log:

@@ -106,6 +106,9 @@ class Scan(NamedTuple):
         return Scan(self.digest + other.digest, self.nonfinite + other.nonfinite)
 
 
+_NOTHING = Scan(NO_DIGEST, 0)
+
+
 class Pending:
     """A scan on a GPU whose numbers have not been read yet. It adds up with others, and with scans that are known."""
 
@@ -114,7 +117,7 @@ class Pending:
     def __init__(self, rows: Sequence[tuple[torch.Tensor, int]], known: Scan | None = None) -> None:
         self.rows = rows
         """Where its numbers will be: rows (low, high, nonfinite) of tables of int64."""
-        self.known = known or Scan(NO_DIGEST, 0)
+        self.known = known or _NOTHING
 
     def __add__(self, other: Scan | Pending) -> Pending:
         if isinstance(other, Pending):
@@ -130,19 +133,21 @@ def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
     >>> settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
-    tables: dict[int, list[list[int]]] = {}
-    settled = []
-    for scan in scans:
-        if isinstance(scan, Pending):
-            total = scan.known
-            for table, row in scan.rows:
-                if id(table) not in tables:
-                    tables[id(table)] = table.tolist()
-                low, high, nonfinite = tables[id(table)][row]
-                total += Scan(Digest(low, high), nonfinite)
-            scan = total
-        settled.append(scan)
-    return settled
+    tables: dict[int, list[Scan]] = {}
+
+    def read(table: torch.Tensor, row: int) -> Scan:
+        if (known := tables.get(id(table))) is None:
+            rows = table.cpu().numpy().view(np.uint64).tolist()
+            known = tables[id(table)] = [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in rows]
+        return known[row]
+
+    def total(scan: Scan | Pending) -> Scan:
+        if isinstance(scan, Scan):
+            return scan
+        first, *others = [read(*row) for row in scan.rows]
+        return sum(others, first if scan.known is _NOTHING else first + scan.known)
+
+    return [total(scan) for scan in scans]
 
 
 def scan(elements: torch.Tensor, start: int = 0) -> Scan:
@@ -208,8 +213,10 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
         return [*scan_runs(data, runs)]
     from weightwire.updates import digest_cuda  # needs Triton, which only torch for GPUs brings
 
-    lines = [digest_cuda.line_of(data.data_ptr() + at, start, count, dtype) for at, count, start, dtype in runs]
-    return [*digest_cuda.scan_again(lines, data.device)]
+    base = data.data_ptr()
+    return [
+        *digest_cuda.scan_again([(base + at, start, count, dtype) for at, count, start, dtype in runs], data.device)
+    ]
 
 
 def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | None = None) -> list[Scan | Pending]:
@@ -223,8 +230,8 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | Non
         return [scan(tensor) for tensor in tensors]
     from weightwire.updates import digest_cuda
 
-    lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
-    return [*digest_cuda.scan_again(lines, device or tensors[0].device)]
+    runs = [(tensor.data_ptr(), 0, tensor.numel(), tensor.dtype) for tensor in tensors]
+    return [*digest_cuda.scan_again(runs, device or tensors[0].device)]
 
 
 def _run_of(elements: torch.Tensor) -> torch.Tensor:

@@ -143,15 +143,15 @@ def _launch(ready: Table, sums: torch.Tensor) -> None:
     for unit, vectors, made, places in ready.parts:
         _scan[(places.count,)](
             made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, FIELDS=made.shape[1],
-            ROWS=ROWS, COLUMNS=COLUMNS,
+            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
 
 
-def scan_again(lines: Sequence[Line], device: torch.device) -> list[Pending]:
-    """`scan_lines` of lines that were mostly scanned before: what an update scans is where it was at the last one, and
-    tables of the last few hundred launches are kept."""
-    key = (tuple(lines), device)
-    ready = _tables.pop(key, None) or table(lines, device)
+def scan_again(runs: Sequence[tuple[int, int, int, torch.dtype]], device: torch.device) -> list[Pending]:
+    """Scan runs of elements (`line_of`'s arguments) that were mostly scanned before: what an update scans is where it
+    was at the last one, and tables of the last few hundred launches are kept."""
+    key = (*runs, device)
+    ready = _tables.pop(key, None) or table([line_of(*run) for run in runs], device)
     _tables[key] = ready
     while len(_tables) > _KEPT_TABLES:
         del _tables[next(iter(_tables))]
