@@ -1,10 +1,11 @@
 """Updates of a real vLLM on GPUs, phase by phase, beside what stock vLLM does on the same machine.
 
-    python benchmarks/gpu.py kernels same pair nccl direct adapter load [--updates 12] [--peer SCRIPT] [--out FILE]
+    python benchmarks/gpu.py kernels same pair nccl adapter direct delta load [--updates 12] [--peer SCRIPT] [--out F]
 
 A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB. One server on the last GPU.
 `same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `nccl` and `direct`: the trainer on the first, over
-`cuda-ipc`, NCCL, and NCCL with `staging="none"`; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
+`cuda-ipc`, NCCL, and NCCL with `staging="none"`; `delta`: over NCCL what changed since the last, 1 % of the elements by
+one unit in the last place; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
 `load`: what an update every 2 s costs 48 running requests, with CUDA graphs, on a server of its own. `kernels` are
 the copy and the digest alone. SCRIPT times stock vLLM's own transfers (`nccl`, `ipc`, `lora`), a line of JSON each.
 """
@@ -31,6 +32,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import weightwire as ww
 from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
+from weightwire.sources.peft import AdapterSource
 from weightwire.updates.digest import scan_tensors_any, settle
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
@@ -60,6 +62,12 @@ def weights(device: torch.device) -> dict[str, torch.Tensor]:
         model = AutoModelForCausalLM.from_config(Qwen3Config(**SHAPE), dtype=torch.bfloat16)
     state = model.state_dict()
     return {n: torch.empty(t.shape, dtype=t.dtype, device=device).normal_(0, 0.02) for n, t in state.items()}
+
+
+def step(tensor: torch.Tensor, share: float) -> None:
+    """Move a share of the elements by one unit in the last place."""
+    for part in tensor.view(-1).view(torch.int16).split(1 << 26):
+        part += (torch.rand(part.shape, device=part.device) < share).to(torch.int16)
 
 
 def adapter(device: torch.device) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -171,14 +179,19 @@ class Idle:
     def direct(self) -> list[dict[str, Any]]:
         return self.dense(self.first, "nccl", staging="none")
 
+    def delta(self) -> list[dict[str, Any]]:
+        torch.cuda.set_device(self.first)
+        source = weights(self.first)
+        with ww.connect(self.url) as engines:
+            with ww.Publisher(source, engines, transport="nccl", baseline="device", lease=20, deadline=60) as publisher:
+                return self.measure(publisher.publish, lambda: [step(tensor, 0.01) for tensor in source.values()])
+
     def adapter(self) -> list[dict[str, Any]]:
         torch.cuda.set_device(self.last)
         tensors, config = adapter(self.last)
         some = next(iter(tensors.values()))
-        with ww.connect(self.url) as engines:
-            return self.measure(
-                lambda version: engines.adapters.load("policy", tensors, config, version), lambda: some.add_(0.01)
-            )
+        with ww.connect(self.url) as engines, ww.Publisher(AdapterSource(tensors, config), engines) as publisher:
+            return self.measure(publisher.publish, lambda: some.add_(0.01))
 
 
 def kernels() -> dict[str, float]:
@@ -269,7 +282,7 @@ def peer(script: str, way: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ways = ["same", "pair", "nccl", "direct", "adapter"]
+    ways = ["same", "pair", "nccl", "adapter", "direct", "delta"]
     parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")

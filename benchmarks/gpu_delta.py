@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gpu import weights
+from gpu import step, weights
 from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
 from weightwire.updates.digest import scan_tensors_any, settle
@@ -33,12 +33,6 @@ def timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> 
     torch.cuda.synchronize()
     times.setdefault(name, []).append(1000 * (time.perf_counter() - started))
     return result
-
-
-def step(tensor: torch.Tensor, share: float) -> None:
-    bits = tensor.view(-1).view(torch.int16)
-    for part in bits.split(1 << 26):
-        part += (torch.rand(part.shape, device=part.device) < share).to(torch.int16)
 
 
 def main() -> None:

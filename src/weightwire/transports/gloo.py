@@ -28,7 +28,7 @@ from weightwire.transports.store import (
     connect,
     own_address,
     reach,
-    wait_for,
+    wait_until,
 )
 from weightwire.updates.buckets import Bucket
 
@@ -115,7 +115,7 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
     with as_transport_error("gloo", "receiving"):
         store = connect("gloo", place, arrivals.lease)
         # While a group is being made nothing can be heard of an abort: not begun before the trainer is there.
-        wait_for(store, [_begun(place.key)], arrivals)
+        wait_until(lambda: bool(store.check([_begun(place.key)])), arrivals)
         group = _group(
             store, place.key, place.first + arrivals.rank, place.world, own_address(place.host), arrivals.lease
         )

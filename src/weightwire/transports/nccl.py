@@ -12,8 +12,8 @@ import contextlib
 import os
 import secrets
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Sender, Wait, Weights
 from weightwire.transports.cuda_driver import uuid_of
-from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_for
+from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_until
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["Nccl", "fetch", "probe"]
@@ -34,6 +34,7 @@ _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
 _AHEAD = 3  # buckets a worker has memory for
 _GRACE_SECONDS = 600.0
+_LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
 # Torch watches over its groups and, when one hangs, ends the process: an engine must outlive its trainer.
 _UNWATCHED = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -130,7 +131,7 @@ class _Sender:
     def send(self, bucket: Bucket) -> None:
         with torch.cuda.device(self._owner._device), as_transport_error("nccl", "sending"):
             if self._owner._group is None:
-                group = _make(self._store, self._key, 0, self._world, self._wait_for)
+                group = _make(self._store, self._key, 0, self._world, self._wait)
                 self._owner._group = _Group(self._key, self._members, group)
             group = self._owner._group.group
             self._sent.append(group.broadcast([self._buffers[bucket.index % 2][: bucket.nbytes]], FROM_TRAINER))
@@ -146,9 +147,6 @@ class _Sender:
             self._owner._drop()
         self._sent.clear()
         self._buffers.clear()
-
-    def _wait_for(self, keys: list[str]) -> None:
-        self._wait(lambda: bool(self._store.check(keys)), "every rank to join the group")
 
     def _finish(self, index: int) -> None:
         self._wait(self._sent[index].is_completed, f"bucket {index} to be broadcast")
@@ -203,7 +201,7 @@ def _join(place: Place, arrivals: Arrivals) -> None:
     with as_transport_error("nccl", "joining the trainer's group"):
         store = connect("nccl", place, arrivals.lease)
         rank = place.first + arrivals.rank
-        group = _make(store, place.key, rank, place.world, lambda keys: wait_for(store, keys, arrivals))
+        group = _make(store, place.key, rank, place.world, lambda ready, what: wait_until(ready, arrivals))
     _joined.append(_Group(place.key, store, group))
 
 
@@ -213,30 +211,37 @@ def _leave() -> None:
 
 
 def _wait(work: Any, arrivals: Arrivals) -> None:
-    silent_since = time.monotonic()
-    pause = 0.00005
-    while not work.is_completed():
-        if arrivals.cancelled.wait(pause):
-            raise TransportError("the update was aborted while its buckets were being fetched")
-        if time.monotonic() - silent_since > arrivals.lease:
-            raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s")
-        pause = min(pause * 1.5, 0.001)
+    wait_until(work.is_completed, arrivals, _LOOK_SECONDS)
     with as_transport_error("nccl", "receiving"):
         work.wait()  # the current stream, not this thread
 
 
-def _make(store: Store, key: str, rank: int, world: int, wait: Callable[[list[str]], None]) -> Any:
-    """Form the group. NCCL cannot be interrupted while it does, so nobody begins before all are there."""
+def _make(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any:
+    """Form the group. NCCL cannot be interrupted while it does, so nobody begins before all are there, and it is done
+    on a thread of its own: one whose peer has failed meanwhile is left behind there."""
     store.set(f"{key}/{rank}", "")
-    wait([f"{key}/{other}" for other in range(world)])
-    nccl: Any = dist.ProcessGroupNCCL
-    options = nccl.Options()
-    options._timeout = timedelta(seconds=_GRACE_SECONDS)
-    with _unwatched():
-        group = nccl(PrefixStore(key, store), rank, world, options)
-    hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
-    group.broadcast([hello], FROM_TRAINER).wait()
-    return group
+    wait(lambda: bool(store.check([f"{key}/{other}" for other in range(world)])), "every rank to join the group")
+    device = torch.cuda.current_device()
+    made: Future[Any] = Future()
+
+    def form() -> None:
+        try:
+            torch.cuda.set_device(device)
+            nccl: Any = dist.ProcessGroupNCCL
+            options = nccl.Options()
+            options._timeout = timedelta(seconds=_GRACE_SECONDS)
+            with _unwatched():
+                group = nccl(PrefixStore(key, store), rank, world, options)
+            hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
+            group.broadcast([hello], FROM_TRAINER).wait()
+            torch.cuda.current_stream().synchronize()
+            made.set_result(group)
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=form, name="weightwire-nccl", daemon=True).start()
+    wait(made.done, "the group to form")
+    return made.result()
 
 
 @contextlib.contextmanager

@@ -10,12 +10,12 @@ import itertools
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
@@ -30,7 +30,7 @@ __all__ = [
     "endpoint",
     "own_address",
     "reach",
-    "wait_for",
+    "wait_until",
 ]
 
 CONNECT_SECONDS = 5.0
@@ -121,12 +121,12 @@ def connect(scheme: str, place: Place, seconds: float) -> TCPStore:
     return store
 
 
-def wait_for(store: Store, keys: list[str], arrivals: Arrivals) -> None:
-    """Until these keys are set, with an ear for an abort."""
+def wait_until(ready: Callable[[], bool], arrivals: Arrivals, pause: float = 0.005) -> None:
+    """Wait for the trainer, with an ear for an abort."""
     silent_since = time.monotonic()
-    while not store.check(keys):
-        if arrivals.cancelled.wait(0.005):
-            raise TransportError("the update was aborted before its first bucket was sent")
+    while not ready():
+        if arrivals.cancelled.wait(pause):
+            raise TransportError("the update was aborted while its buckets were being fetched")
         if time.monotonic() - silent_since > arrivals.lease:
             raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,13 +26,14 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
-from weightwire.updates.digest import Scan, all_finite, scan
+from weightwire.updates.digest import Scan, all_finite, scan_any, settle
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
 __all__ = ["AdapterStore", "path_of"]
 
 _SCHEME = "weightwire:"
+K = TypeVar("K")
 
 
 def path_of(revision: Revision) -> str:
@@ -45,7 +46,8 @@ def path_of(revision: Revision) -> str:
 
 
 class AdapterStore:
-    """The revisions that one worker holds, by id: their tensors in host memory, in the dtype vLLM casts them to."""
+    """The revisions that one worker holds, by id: their tensors in host memory, in the dtype vLLM casts them to. On
+    their way in, of an engine on a GPU, they are there."""
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
@@ -122,7 +124,7 @@ def build(manager: Any, id: int, tensors: dict[str, torch.Tensor], helper: Any) 
         lora_model_id=id,
         tensors=tensors,
         peft_helper=helper,
-        device="cpu",
+        device=str(next(iter(tensors.values())).device),
         dtype=manager.lora_config.lora_dtype,
         model_vocab_size=manager.vocab_size,
         weights_mapper=rename_mapper(model),
@@ -214,19 +216,19 @@ class _Binding:
                 places += found
                 filled += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
         live = _end_to_end(places)
-        digest = scan(live)
-        if digest != scan(_end_to_end(filled)):
+        digest, expected = settle([scan_any(live), scan_any(_end_to_end(filled))])
+        if digest != expected:
             raise VerificationError(
                 f"{self._differing(slot, loras)} was read back and does not hold the adapter that was sent"
             )
         # Without what fills a slot up, and with what could not be compared.
         alike = len(held) == len(places) and live.numel() == sum(part.numel() for part in held)
-        return proof, (digest if alike else scan(_end_to_end(held))).digest.hex()
+        return proof, (digest if alike else settle([scan_any(_end_to_end(held))])[0]).digest.hex()
 
     def _differing(self, slot: int, loras: dict[str, Any]) -> str:
         for name, module in self.modules.items():
             for part, place in zip(_expected(module, loras[name]) or (), _in_slot(module, slot), strict=False):
-                if not torch.equal(place[0].cpu(), _filled_up(part, place)):
+                if not torch.equal(place[0], _filled_up(part, place)):
                     return name
         return "the adapter"
 
@@ -257,7 +259,9 @@ class _Staged(StagedAdapter):
         self._revision = revision
         self._finite = manifest.finite
         self._built: Any = None
+        self._device = torch.device(binding.manager.device)
         self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kept: dict[str, torch.Tensor] = {}
         self._proof: dict[str, Proof] = {}
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
@@ -269,15 +273,13 @@ class _Staged(StagedAdapter):
         for a in (True, False):
             specs = [spec for spec in self._specs if _is_a(spec.name) is a]
             sizes = [spec.numel for spec in specs]
-            flat = torch.empty(sum(sizes), dtype=self._dtype)
+            flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
             # vLLM scales each B in place, and what was sent may be asked for again: so its model has its own.
             own = flat if a else torch.empty_like(flat)
             for spec, part, owned in zip(specs, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
                 self._tensors[spec.name], given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
             self._flat.append((flat, own))
-        # For a GPU vLLM copies what it is given into pinned memory: there is nothing to copy yet.
-        early = torch.device(self._binding.manager.device).type == "cpu"
-        return given, self._build(given) if early else None
+        return given, self._build(given)
 
     def _build(self, given: dict[str, torch.Tensor]) -> Any:
         return build(self._binding.manager, self._revision.id, given, self._binding.helper)
@@ -298,13 +300,18 @@ class _Staged(StagedAdapter):
         for flat, own in self._flat:
             if own is not flat:
                 own.copy_(flat)
+        self._kept = _on_host(self._tensors, [flat for flat, _ in self._flat])
         self._built = built if _is_made_of(built, given) else self._build(given)
 
     def check(self, seconds: float) -> bool:
         if self._built is None:
             return True
-        slot = self._store.enter(self._revision, self._tensors, self._binding.helper, self._built)
-        self._proof, self._held = self._binding.read_back(slot, self._built.loras)
+        slot = self._store.enter(self._revision, self._kept, self._binding.helper, self._built)
+        loras = self._built.loras
+        # What vLLM caches is for host memory, too. It has scaled what it was given in place.
+        of_host = _on_host(_matrices(loras), [own for _, own in self._flat])
+        self._proof, self._held = self._binding.read_back(slot, loras)
+        _replace(loras, of_host)
         self._built = None
         return True
 
@@ -313,6 +320,7 @@ class _Staged(StagedAdapter):
 
     def discard(self) -> None:
         super().discard()
+        self._kept = {}
         self._flat.clear()
         self._built = None
         self._early.cancel()
@@ -350,11 +358,55 @@ def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
     """A whole place of a slot as it must look: `part` in its corner, and nothing beside it."""
     if part is not None and part.shape == place.shape[1:]:
         return part
-    whole = torch.zeros(place.shape[1:], dtype=place.dtype)
+    whole = torch.zeros(place.shape[1:], dtype=place.dtype, device=place.device)
     if part is not None:
         whole[: part.shape[0], : part.shape[1]] = part
     return whole
 
 
 def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]).cpu() if tensors else torch.empty(0)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
+
+
+def _on_host(tensors: dict[K, torch.Tensor], flat: Sequence[torch.Tensor]) -> dict[K, torch.Tensor]:
+    """The same tensors, most of them parts of `flat`, in pinned host memory; themselves where they are there. Copied by
+    the time that what is queued on the current stream is done."""
+    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
+        return dict(tensors)
+    copies = {}
+    for each in flat:
+        copied = torch.empty_like(each, device="cpu", pin_memory=True)
+        copies[each.untyped_storage().data_ptr()] = copied.copy_(each, non_blocking=True)
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        whole = copies.get(tensor.untyped_storage().data_ptr())
+        return (
+            tensor.cpu() if whole is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        )
+
+    found = {name: copy(tensor) for name, tensor in tensors.items()}
+    torch.cuda.current_stream(flat[0].device).synchronize()
+    return found
+
+
+def _matrices(loras: dict[str, Any]) -> dict[tuple[str, str, int], torch.Tensor]:
+    """Those of vLLM's model: by module, `lora_a` or `lora_b`, and number where a module has several."""
+    return {
+        (name, which, number): matrix
+        for name, lora in loras.items()
+        for which in ("lora_a", "lora_b")
+        for number, matrix in enumerate(_listed(getattr(lora, which)))
+        if matrix is not None
+    }
+
+
+def _replace(loras: dict[str, Any], matrices: dict[tuple[str, str, int], torch.Tensor]) -> None:
+    for (name, which, number), matrix in matrices.items():
+        if isinstance(listed := getattr(loras[name], which), list):
+            listed[number] = matrix
+        else:
+            setattr(loras[name], which, matrix)
+
+
+def _listed(matrices: Any) -> list[Any]:
+    return matrices if isinstance(matrices, list) else [matrices]
