@@ -219,8 +219,8 @@ def _wait(work: Any, arrivals: Arrivals) -> None:
 def _make(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any:
     """Form the group. NCCL cannot be interrupted while it does, so nobody begins before all are there, and it is done
     on a thread of its own: one whose peer has failed meanwhile is left behind there."""
-    store.set(f"{key}/{rank}", "")
-    wait(lambda: bool(store.check([f"{key}/{other}" for other in range(world)])), "every rank to join the group")
+    store.set(f"{key}/here/{rank}", "")  # beside what NCCL itself keeps under the key
+    wait(lambda: bool(store.check([f"{key}/here/{other}" for other in range(world)])), "every rank to join the group")
     device = torch.cuda.current_device()
     made: Future[Any] = Future()
 
