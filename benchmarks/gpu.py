@@ -122,13 +122,13 @@ def serving(gpu: str, flags: list[str]) -> Iterator[str]:
 
 
 def timed(publish: Callable[[int], Any], version: int) -> dict[str, Any]:
-    """One update: from the call until the engine generates again is without the verification, which follows."""
+    """One update. Until the engine generates again is all phases without the verification, which follows then."""
     started = time.perf_counter()
     receipt = publish(version)
     wall = time.perf_counter() - started
     engine = next(iter(receipt.engines.values()))
     return {
-        "resumed": wall - engine.seconds.get("verify", 0.0),
+        "resumed": sum(receipt.seconds.values()) - engine.seconds.get("verify", 0.0),
         "wall": wall,
         "paused": engine.pause,
         **{f"trainer {phase}": seconds for phase, seconds in receipt.seconds.items()},

@@ -28,7 +28,7 @@ from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.delta import Delta
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_any, scan_tensors_any, settle
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_runs_any, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
@@ -315,25 +315,13 @@ class Run:
                     self._baseline.write(number, 0, tensor)
             self._together.on_leader(self._finish)
             return settle(scans)
-        ahead = self._ahead
         scans = [*self._ahead_scans] or scans
-        wire = manifest.wire
         for bucket in cut(manifest):
             data = self._together.on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
-            for piece in bucket.pieces:
-                spec = wire[piece.tensor]
-                nbytes = piece.count * spec.itemsize
-                # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
-                part = (
-                    torch.empty(nbytes, dtype=torch.uint8, device="meta")
-                    if data is None
-                    else data[piece.offset : piece.offset + nbytes]
-                )
-                run = part.view(getattr(torch, spec.dtype))
-                if ahead:
-                    run.copy_(ahead[piece.tensor].reshape(-1)[piece.start : piece.start + piece.count])
-                else:
-                    scans[piece.tensor] = self._fill(piece.tensor, piece.start, run, deltas) + scans[piece.tensor]
+            if deltas is None:
+                self._fill(bucket, data, scans)
+            elif data is not None:
+                _fill_with_deltas(bucket, data, deltas, scans)
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         self._together.on_leader(self._finish)
         known = settle(scans)
@@ -348,16 +336,23 @@ class Run:
             found |= dict.fromkeys(each.engines, self._stage(own, each.deltas))
         return found
 
-    def _fill(self, tensor: int, start: int, out: torch.Tensor, deltas: Sequence[Delta] | None) -> Scan | Pending:
-        if deltas is not None:
-            if out.device.type == "meta":
-                return Scan(NO_DIGEST, 0)
-            out.copy_(deltas[tensor].data[start : start + out.numel()])
-            return scan_any(out, start)
-        scanned = self._reading.read(tensor, start, out)
-        if self._baseline is not None and self._ranks is None:
-            self._baseline.write(tensor, start, out)
-        return scanned
+    def _fill(self, bucket: Bucket, data: torch.Tensor | None, scans: list[Scan | Pending]) -> None:
+        for number, start, count, offset in bucket.pieces:
+            spec = self._reading.specs[number]
+            nbytes = count * spec.itemsize
+            # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
+            part = (
+                torch.empty(nbytes, dtype=torch.uint8, device="meta")
+                if data is None
+                else data[offset : offset + nbytes]
+            )
+            run = part.view(getattr(torch, spec.dtype))
+            if self._ahead:
+                run.copy_(self._ahead[number].reshape(-1)[start : start + count])
+                continue
+            scans[number] = self._reading.read(number, start, run) + scans[number]
+            if self._baseline is not None and self._ranks is None:
+                self._baseline.write(number, start, run)
 
     def _send(self, bucket: Bucket, data: torch.Tensor | None) -> None:
         first, *others = self._senders
@@ -428,6 +423,15 @@ class Run:
                 raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
             time.sleep(pause)
             pause = min(pause * 1.2, 0.0005)
+
+
+def _fill_with_deltas(bucket: Bucket, data: torch.Tensor, deltas: Sequence[Delta], scans: list[Scan | Pending]) -> None:
+    for number, start, count, offset in bucket.pieces:
+        data[offset : offset + count].copy_(deltas[number].data[start : start + count])
+    # They have other sizes each time, so that there is no table to be kept of them: one for all.
+    found = scan_runs_any(data, [(p.offset, p.count, p.start, torch.uint8) for p in bucket.pieces])
+    for piece, scan in zip(bucket.pieces, found, strict=True):
+        scans[piece.tensor] = scan + scans[piece.tensor]
 
 
 def _check_base(specs: Sequence[TensorSpec], base: Sequence[TensorSpec]) -> None:

@@ -19,6 +19,7 @@ import models
 import torch
 
 import weightwire as ww
+from weightwire.transports import nccl
 
 LEASE = 10.0
 
@@ -28,15 +29,15 @@ def trainer(url: str, version: str, how: str) -> None:
     with ww.connect(url) as engines:
         with ww.Publisher(source, engines, transport="nccl", bucket_bytes=1 << 16, lease=LEASE) as publisher:
             if how == "stops":
-                read = publisher._means.source.read
+                buffer = nccl._Sender.buffer
 
-                def stop(tensor: int, start: int, out: torch.Tensor) -> Any:
-                    if tensor == 8:
+                def stop(sender: Any, bucket: Any) -> Any:
+                    if bucket.index == 8:
                         print("in the middle", flush=True)
                         time.sleep(3600)
-                    return read(tensor, start, out)
+                    return buffer(sender, bucket)
 
-                publisher._means.source.read = stop
+                nccl._Sender.buffer = stop
             receipt = publisher.publish(int(version), deadline=120)
             print(json.dumps({"version": receipt.version, "transport": next(iter(receipt.engines.values())).transport}))
 

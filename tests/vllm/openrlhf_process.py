@@ -155,15 +155,16 @@ def main(folder: Path) -> None:
         note("awake", trainer.do("loop", seed=7), 7)
         if CUSTOM != "gloo":
             note("woken from the deeper sleep", deeper_sleep(trainer, engine), 8)
-        note("died", trainer.do("loop", seed=8, change="die", at=5), 7)
+        now = 7 if CUSTOM == "gloo" else 8
+        note("died", trainer.do("loop", seed=11, change="die", at=5), now)
         trainer.end()
         trainer = Trainer(llm)
-        note("joined no group", trainer.call("update_weight", ["model.norm.weight", "torch.float32", [128]]), 7)
+        note("joined no group", trainer.call("update_weight", ["model.norm.weight", "torch.float32", [128]]), now)
         if CUSTOM == "gloo":
             shared = ["model.norm.weight", "torch.float32", [128], {}]
             note("shared memory", trainer.call("update_weight_cuda_ipc", shared), 7)
         trainer.do("init")
-        note("another trainer", trainer.do("loop", seed=8), 8)
+        note("another trainer", trainer.do("loop", seed=12), 12)
         note("joined again", [trainer.do("init"), trainer.do("loop", seed=9)], 9)
         llm.collective_rpc("fail_next_commit", args=(WORKERS - 1,))
         results["poisoned"] = {"came": trainer.do("loop", seed=10), "state": engine.engines[0].status().state}

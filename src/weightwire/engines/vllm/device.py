@@ -188,6 +188,8 @@ class DeviceStaging:
         self._expected = [
             scans[region.number] if region.is_whole else part for region, part in zip(self._regions, parts, strict=True)
         ]
+        # What was staged on this stream is there before the engine's own stream copies it.
+        synchronize(self._device)
 
     def check(self, seconds: float) -> bool:
         return True
