@@ -12,6 +12,8 @@ INSTALL := DS_BUILD_OPS=0 $(BIN)/uv pip install --quiet --python $(BIN)/python $
 export HF_HUB_OFFLINE := 1
 export VLLM_NO_USAGE_STATS := 1
 export DO_NOT_TRACK := 1
+# Each process of an engine imports vLLM: 10 s of a core, but 25 s where nobody may keep what Python compiles.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test test-fast lint fmt clean
 $(VENV)/.light: pyproject.toml tools/overrides.txt
@@ -35,14 +37,17 @@ lint: $(VENV)/.light
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# By file, but for tests that may run anywhere, in the order of tests/conftest.py.
+SPREAD := --dist loadgroup --no-loadscope-reorder
+
 # An engine is started by one core and imports for most of a minute, so that two at a time pay even on two cores.
 test: $(VENV)/.full lint
-	$(BIN)/pytest --ignore=tests/vllm -n auto --dist loadfile
-	$(BIN)/pytest tests/vllm -m 'not alone' -n 2 --dist loadfile
+	$(BIN)/pytest --ignore=tests/vllm -n auto $(SPREAD)
+	$(BIN)/pytest tests/vllm -m 'not alone' -n 2 $(SPREAD)
 	$(BIN)/pytest tests/vllm -m alone
 
 test-fast: $(VENV)/.light lint
-	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto --dist loadfile
+	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto $(SPREAD)
 
 fmt: $(VENV)/.light
 	$(BIN)/ruff check --fix .

@@ -22,6 +22,16 @@ settings.load_profile("untimed")
 _LASTING = "weightwire-control"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: the tests of a file share fixtures and stay on one worker, except those marked `spread`,
+    which come first, so that no worker is left alone with a long one at the end."""
+    for item in items:
+        if not item.get_closest_marker("spread"):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+    items.sort(key=lambda item: not item.get_closest_marker("spread"))
+
+
 @pytest.fixture
 def shm_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder that the `shm` transport of this process uses for /dev/shm; at the end nothing may be left in it."""

@@ -13,7 +13,7 @@ from weightwire.updates.digest import scan
 
 
 @pytest.fixture(autouse=True)
-def anywhere(monkeypatch):
+def anywhere(few_rows, monkeypatch):
     monkeypatch.setattr(baseline_device, "_DEVICES", {DEVICE.type})
     monkeypatch.setattr(baseline_device, "_BATCH", 100)
 

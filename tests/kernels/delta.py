@@ -20,7 +20,7 @@ SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan")]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def few_changes_a_block():
+def few_changes_a_block(few_rows):
     """Blocks are decoded one change after the other, each of which takes the interpreter some 50 ms."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta_module, "_CHANGES", 8)
@@ -128,6 +128,7 @@ def test_more_changes_than_there_was_room_for():
 def test_numbers_too_large_for_a_narrow_table(monkeypatch):
     monkeypatch.setattr(delta_module, "_CHANGES", 1 << 20)
     monkeypatch.setattr(rice_cuda, "CHUNK", 8192)
+    monkeypatch.setattr(rice_cuda, "SEGMENT", 1 << 16)
     base = torch.zeros(700_000, dtype=torch.float32)
     new = base.clone()
     bits_of(new)[630_000:] = 1  # all in one block, after a gap of many bits

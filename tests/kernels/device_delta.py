@@ -15,6 +15,7 @@ from weightwire.updates.delta import encode
 from weightwire.updates.digest import scan
 from weightwire.updates.manifest import Manifest, TensorSpec
 
+pytestmark = pytest.mark.usefixtures("few_rows")
 SHAPES = {
     "whole": (6, 8),
     "q": (4, 10),
@@ -134,7 +135,7 @@ def first():
 
 
 @pytest.fixture(scope="module")
-def proven():
+def proven(few_rows):
     """Made once: the interpreter takes seconds for each digest."""
     made = Rank(weights(1))
     made.live["rows"][0] = 7.0

@@ -14,7 +14,7 @@ from weightwire.updates.manifest import Manifest
 
 
 @pytest.fixture(scope="module")
-def rank():
+def rank(few_rows):
     return Rank(weights(1))
 
 

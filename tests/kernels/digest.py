@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.device import DEVICE
+from tests.kernels.device import DEVICE, few_rows
 
 from weightwire.updates import digest_cuda
 from weightwire.updates.boxes import Box
@@ -36,7 +36,8 @@ def test_a_run_anywhere_in_memory_has_the_digest_of_the_cpu(name, count, start, 
     memory = random_bytes((count + lead) * dtype.itemsize, seed).view(dtype)
     run = memory[lead:]
     line = digest_cuda.line_of(run.data_ptr(), start, count, dtype)
-    assert scans([line]) == [scan(run.cpu(), start)]
+    with few_rows():
+        assert scans([line]) == [scan(run.cpu(), start)]
 
 
 @settings(max_examples=20, deadline=None)
@@ -53,7 +54,8 @@ def test_a_box_of_a_tensor_has_the_digest_of_the_cpu(shape, cuts, name):
     box = Box(start, extent)
     part = whole[tuple(slice(at, at + size) for at, size in zip(start, extent, strict=True))]
     lines = digest_cuda.lines_of(part.data_ptr(), box, part.stride(), shape, dtype)
-    assert sum(scans(lines), Scan(NO_DIGEST, 0)) == scan_box(part.cpu(), box, shape)
+    with few_rows():
+        assert sum(scans(lines), Scan(NO_DIGEST, 0)) == scan_box(part.cpu(), box, shape)
 
 
 def test_lines_of_every_kind_share_a_launch():

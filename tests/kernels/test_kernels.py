@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-FILES = ["digest.py", "batched_copy.py", "device_staging.py", "delta.py", "device_delta.py", "baseline_device.py"]
+FILES = ["delta.py", "device_delta.py", "device_staging.py", "digest.py", "baseline_device.py", "batched_copy.py"]
 
 
+@pytest.mark.spread
 @pytest.mark.parametrize("file", FILES)
 def test_in_tritons_interpreter(file):
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", str(Path(__file__).with_name(file))]

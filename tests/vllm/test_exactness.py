@@ -9,14 +9,15 @@ import pytest
 import weightwire as ww
 from conftest import run_script, serving
 
+pytestmark = pytest.mark.spread
 CASES = [
     # family, tied embeddings, engine dtype (the trainer is always float32), tensor parallel, LoRA enabled, and whether
     # a partial update is compared as well, which takes one engine more
+    ("llama", "tied", "float32", 2, "lora", "parts"),
     ("qwen3", "tied", "bfloat16", 1, "no", "parts"),
     ("qwen3", "untied", "float32", 1, "lora", "whole"),
     ("llama", "untied", "bfloat16", 1, "no", "whole"),
     ("gemma", "tied", "bfloat16", 1, "no", "whole"),
-    ("llama", "tied", "float32", 2, "lora", "parts"),
 ]
 
 
