@@ -40,6 +40,9 @@ lint: $(VENV)/.light
 # By file, but for tests that may run anywhere, in the order of tests/conftest.py.
 SPREAD := --dist loadgroup --no-loadscope-reorder
 
+# Workers are as many as cores.
+test test-fast: export OMP_NUM_THREADS := 1
+
 # An engine is started by one core and imports for most of a minute, so that two at a time pay even on two cores.
 test: $(VENV)/.full lint
 	$(BIN)/pytest --ignore=tests/vllm -n auto $(SPREAD)
