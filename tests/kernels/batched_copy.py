@@ -44,3 +44,16 @@ def test_long_runs_and_nothing_at_all():
     move = batched_copy.Move(source.data_ptr(), target.data_ptr(), 1, source.nbytes, 0, 0)
     batched_copy.BatchedCopy([move], DEVICE).run()
     assert torch.equal(source, target)
+
+
+def test_a_rectangle_of_more_rows_than_a_tile():
+    source = torch.arange(50 * 9, dtype=torch.int16, device=DEVICE).view(50, 9)
+    target = torch.zeros(60, 20, dtype=torch.int16, device=DEVICE)
+    part, place = source[3:43, 2:7], target[11:51, 4:9]
+    rows = rows_of(part.shape, part.stride(), place.stride())
+    batched_copy.BatchedCopy(
+        [batched_copy.Move.of(r, part.data_ptr(), place.data_ptr(), 2) for r in rows], DEVICE
+    ).run()
+    expected = torch.zeros_like(target)
+    expected[11:51, 4:9] = part
+    assert torch.equal(target, expected)

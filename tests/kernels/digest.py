@@ -75,3 +75,11 @@ def test_a_flipped_bit_shows(place):
     before = scans([line])
     data.view(torch.uint8)[2 * place] ^= 1
     assert scans([line]) != before
+
+
+def test_a_box_of_more_rows_than_a_tile():
+    whole = random_bytes(50 * 9 * 2, 3).view(torch.int16).view(50, 9)
+    box = Box((3, 2), (40, 5))
+    part = whole[3:43, 2:7]
+    lines = digest_cuda.lines_of(part.data_ptr(), box, part.stride(), (50, 9), torch.int16)
+    assert sum(scans(lines), Scan(NO_DIGEST, 0)) == scan_box(part.cpu(), box, (50, 9))
