@@ -183,6 +183,9 @@ def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:
     """
     if elements.dtype != to.dtype or elements.numel() != to.numel():
         raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
+    if (elements.data_ptr() - to.data_ptr()) % 4:  # words of one straddle words of the other
+        to.copy_(elements)
+        return scan(elements, start)
     memory, target = (t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() for t in (elements, to))
     size = elements.element_size()
     low, high, nonfinite = _sum_rows(
@@ -349,7 +352,12 @@ def _exponents(dtype: torch.dtype) -> tuple[np.uint32, np.uint32, int]:
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _mix(x: Any) -> Any:
-    x = np.uint32((x ^ (x >> 16)) * 0x7FEB352D)
+    return _mix_on(np.uint32(x ^ (x >> 16)))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _mix_on(x: Any) -> Any:
+    x = np.uint32(x * 0x7FEB352D)
     x = np.uint32((x ^ (x >> 15)) * 0x846CA68B)
     return np.uint32(x ^ (x >> 16))
 
@@ -362,18 +370,23 @@ def _full_exponents(word: Any, exponent: Any, lowest: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _fill_factors(lows: Any, highs: Any, words: Any, at: Any, exponent: Any, lowest: Any) -> Any:
-    # Apart from the sum so that this loop holds 32-bit values only and takes twice as many at once. It has time to
-    # spare while words come from memory, so it is where they are tested.
+def _fill_factors(lows: Any, highs: Any, words: Any, to: Any, at: Any, exponent: Any, lowest: Any) -> Any:
+    # Apart from the sum so that this loop holds 32-bit values only and takes twice as many at once, for which the index
+    # must be one too. Words are tested and copied where they are first met, so that stores go on beside the mixing.
     key = _mix(np.uint32((at >> 32) ^ 0x9E3779B9))
-    first = np.uint32(at & 0xFFFFFFFF)
+    index = np.uint32(at & 0xFFFFFFFF)
+    # The first step of the mix: no block crosses a multiple of 2^16 words, so it is the same for all of one.
+    key = np.uint32(key ^ (np.uint32(index ^ key) >> 16))
     suspect = np.uint32(0)
     for i in range(words.size):
-        mixed = _mix(np.uint32(np.uint32(first + i) ^ key))
+        mixed = _mix_on(np.uint32(index ^ key))
+        index = np.uint32(index + 1)
         lows[i] = mixed | 1
         again = np.uint32(mixed * 0x31848BAB)
         highs[i] = again ^ (again >> 14) | 1
-        suspect = np.uint32(suspect | _full_exponents(words[i], exponent, lowest))
+        word = words[i]
+        to[i] = word
+        suspect = np.uint32(suspect | _full_exponents(word, exponent, lowest))
     return suspect
 
 
@@ -399,12 +412,6 @@ def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _copy(to: Any, memory: Any) -> None:
-    for i in range(memory.size):
-        to[i] = memory[i]
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _sum_rows(
     memory: Any,
     to: Any,
@@ -423,6 +430,7 @@ def _sum_rows(
     lows = np.empty(_BLOCK, np.uint32)
     highs = np.empty(_BLOCK, np.uint32)
     padded = np.empty(_BLOCK, np.uint32)
+    nowhere = np.empty(_BLOCK, np.uint32)
     low = np.uint64(0)
     high = np.uint64(0)
     nonfinite = np.int64(0)
@@ -431,27 +439,27 @@ def _sum_rows(
         end = place + width
         at = start + row * step
         while place < end:
-            # The high half of a word's index is part of the key, so no block crosses a multiple of 2^32 words.
-            room = 4 * min(_BLOCK, (1 << 32) - ((at >> 2) & 0xFFFFFFFF))
+            room = 4 * min(_BLOCK, (1 << 16) - ((at >> 2) & 0xFFFF))
             lead = at & 3
             if lead == 0 and (address + place) & 3 == 0 and end - place >= 4:
                 count = min(end - place & ~3, room)
                 words = memory[place : place + count].view(np.uint32)
+                copied = to[place : place + count].view(np.uint32) if to.size else nowhere
             else:
                 # A row's ends within a word, or words that straddle those of the memory: zeros around add nothing.
                 count = min(end - place, room - lead)
                 words = padded[: (lead + count + 3) >> 2]
                 words[:] = 0
                 words.view(np.uint8)[lead : lead + count] = memory[place : place + count]
-            suspect = _fill_factors(lows, highs, words, at >> 2, exponent, lowest)
+                if to.size:
+                    to[place : place + count] = memory[place : place + count]
+                copied = nowhere
+            suspect = _fill_factors(lows, highs, words, copied, at >> 2, exponent, lowest)
             a, b = _sum_words(words, lows, highs)
             low += a
             high += b
             if suspect:
                 nonfinite += _count_nonfinite(words, exponent, lowest, stride)
-            if to.size:
-                # While this block is in the nearest cache.
-                _copy(to[place : place + count], memory[place : place + count])
             place += count
             at += count
     return low, high, nonfinite
