@@ -32,7 +32,7 @@ from weightwire.errors import (
 from weightwire.receiver import Arrivals, Lent, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
 from weightwire.updates.buckets import cut
-from weightwire.updates.digest import Scan, scan
+from weightwire.updates.digest import Scan, scan, scan_and_copy
 from weightwire.updates.manifest import Adapter, Manifest, TensorSpec
 
 WEIGHTS = (
@@ -98,10 +98,14 @@ class FakeStaging:
         self.discarded = False
         self.unchecked = 3
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
         self._fail("write")
         assert not self.discarded
-        self.staged[tensor][start : start + data.numel()] = data
+        to = self.staged[tensor][start : start + data.numel()]
+        if tensor == 0:
+            return scan_and_copy(data, start, to)
+        to.copy_(data)
+        return None
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))

@@ -424,12 +424,13 @@ class Receiver:
             self._undo[1].discard()
             self._undo = None
 
-    def proof(self, id: str) -> dict[str, Any] | None:
+    def proof(self, id: str, linger: float = 0.0) -> dict[str, Any] | None:
         """`proven`: how each live parameter was, of an adapter each module that it is bound to; and `held`, of an
-        adapter. None while that is still being found out."""
+        adapter. None while that is still being found out, which is said up to `linger` seconds later."""
         if self._proofs is None or self._proofs[0] != id:
             raise UpdateNotFound(f"update {id} is not the last one committed")
         job = self._proofs[1]
+        wait([job], timeout=min(linger, _MAX_LINGER))
         return job.result() if job.done() else None
 
     def abort(self, id: str, reason: str = "it was aborted") -> str | None:
@@ -579,16 +580,18 @@ class Receiver:
         wire = update.manifest.wire
         specs = [wire[piece.tensor] for piece in pieces]
         dtypes = [getattr(torch, spec.dtype) for spec in specs]
-        scans = scan_runs_any(data, [(p.offset, p.count, p.start, d) for p, d in zip(pieces, dtypes, strict=True)])
         self._poison_what_is_overwritten(update)
-        for piece, scanned in zip(pieces, scans, strict=True):
-            update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
+        found: list[Scan | None] = [None] * len(pieces)
         if isinstance(update.staging, TakesBuckets):
             update.staging.write_bucket(update.buckets[index], data)
         else:
-            for piece, spec, dtype in zip(pieces, specs, dtypes, strict=True):
+            for number, (piece, spec, dtype) in enumerate(zip(pieces, specs, dtypes, strict=True)):
                 run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
-                update.staging.write(piece.tensor, piece.start, run)
+                found[number] = update.staging.write(piece.tensor, piece.start, run)
+        left = [(p, dtype) for p, dtype, scanned in zip(pieces, dtypes, found, strict=True) if scanned is None]
+        scans = iter(scan_runs_any(data, [(p.offset, p.count, p.start, dtype) for p, dtype in left]))
+        for piece, scanned in zip(pieces, found, strict=True):
+            update.scans[piece.tensor] = (next(scans) if scanned is None else scanned) + update.scans[piece.tensor]
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:

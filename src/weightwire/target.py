@@ -27,9 +27,9 @@ class Staging(Protocol):
     def takes(self) -> Sequence[Sequence[Box]] | None:
         """Which parts of each tensor go anywhere on this rank, in manifest order; None when all of each does."""
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
         """Take elements `start ..` (row-major) of tensor number `tensor` of the manifest: 1-D, the manifest's dtype.
-        `data` is only lent; it is overwritten after the call."""
+        `data` is only lent; it is overwritten after the call. Gives their scan, if it came with the copying."""
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         """Take a whole tensor, in memory that stays as it is until `discard`; it need not be copied."""

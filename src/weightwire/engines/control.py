@@ -235,9 +235,11 @@ class Control:
         wait = 0.001
         # It is live and generating; a deadline that ends now must not hide that.
         deadline = max(deadline, time.monotonic() + _CLEAN_UP_SECONDS)
-        while None in (ranks := await self._all("proof", deadline - time.monotonic(), phase="commit", id=id)):
+        while None in (
+            ranks := await self._all("proof", deadline - time.monotonic(), phase="commit", id=id, linger=self._linger)
+        ):
             await asyncio.sleep(wait)
-            wait = min(wait * 1.5, 0.02)
+            wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
         return ranks
 
     def _receipt(
@@ -303,12 +305,15 @@ class Control:
             await self.give_up(id, error, "the trainer hung up")
             raise
 
+    @property
+    def _linger(self) -> float:
+        # Each question costs all processes on the way some time, of which the threads that do our work get less then.
+        return _LINGER_SECONDS if self.host.idle else 0.0
+
     def _patience(self, phase: str) -> dict[str, Any]:
         """Arguments of `Receiver.poll`: how long it may take to answer, and how long the lease lasts from then on."""
-        # Each question costs all processes on the way some time, of which the threads that do our work get less then.
-        linger = _LINGER_SECONDS if self.host.idle else 0.0
         # While bytes arrive they keep the lease; while an engine makes ready, whoever waits for it here does.
-        return {"linger": linger, "hold": _CLEAN_UP_SECONDS if phase == "seal" else 0.0}
+        return {"linger": self._linger, "hold": _CLEAN_UP_SECONDS if phase == "seal" else 0.0}
 
     async def _all(
         self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any

@@ -8,7 +8,7 @@ loaders themselves say what they do; what does more than view, cast and copy is 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from weightwire.errors import ManifestError, MissingTensor, ShapeMismatch, Unkno
 from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["Copy", "Fill", "Place", "Plan", "record"]
+__all__ = ["Copy", "Fill", "Place", "Plan", "Run", "record"]
 
 
 class Copy(NamedTuple):
@@ -29,6 +29,19 @@ class Copy(NamedTuple):
     parameter: str
     offset: int
     strides: tuple[int, ...]
+
+    def is_run(self, shape: Sequence[int]) -> bool:
+        """Whether it lays a whole tensor of this shape end to end."""
+        ordered = all(n == 1 or a == b for n, a, b in zip(shape, self.strides, strides_of(shape), strict=True))
+        return ordered and self.source.shape == tuple(shape)
+
+
+class Run(NamedTuple):
+    """The whole of tensor number `tensor`, in elements `offset .. offset + numel` of a parameter."""
+
+    offset: int
+    numel: int
+    tensor: int
 
 
 class Place(NamedTuple):
@@ -54,11 +67,13 @@ class Fill(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """`copies[t]` for tensor number t of the manifest; `fills` and `covered` (elements written) by parameter."""
+    """`copies[t]` for tensor number t of the manifest; `fills` and `covered` (elements written) by parameter; `runs`
+    of each parameter that is nothing but whole tensors laid end to end, bit for bit, in this order."""
 
     copies: list[list[Copy]]
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
     covered: dict[str, int] = field(default_factory=lambda: defaultdict(int))
+    runs: dict[str, list[Run]] = field(default_factory=dict)
 
     @property
     def takes(self) -> list[list[Box]]:
@@ -112,7 +127,26 @@ def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
     except Exception as error:
         raise _explain(error, current[0], recorder) from error
     recorder.check()
+    recorder.plan.runs = _runs(recorder.plan, manifest.tensors, dict(twin.named_parameters()))
     return recorder.plan
+
+
+def _runs(plan: Plan, specs: Sequence[TensorSpec], parameters: Mapping[str, torch.Tensor]) -> dict[str, list[Run]]:
+    found: dict[str, set[Run]] = defaultdict(set)
+    others = set(plan.fills)
+    for number, (spec, copies) in enumerate(zip(specs, plan.copies, strict=True)):
+        for copy in copies:
+            if copy.is_run(spec.shape) and getattr(torch, spec.dtype) == parameters[copy.parameter].dtype:
+                found[copy.parameter].add(Run(copy.offset, spec.numel, number))
+            else:
+                others.add(copy.parameter)
+    ordered = {name: sorted(runs) for name, runs in found.items() if name not in others}
+    return {name: runs for name, runs in ordered.items() if _fills_up(runs, parameters[name].numel())}
+
+
+def _fills_up(runs: Sequence[Run], numel: int) -> bool:
+    ends = [run.offset + run.numel for run in runs]
+    return [run.offset for run in runs] == [0, *ends[:-1]] and ends[-1] == numel
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -146,7 +180,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if parameter is not None:
                 self._copied(parameter, target, args[1])
         elif func in _FILLS:
-            if parameter is not None:
+            if parameter is not None and target.numel():
                 value = 0.0 if len(args) < 2 else float(args[1])
                 shape, strides = tuple(target.shape), target.stride()
                 self.plan.fills[parameter].append(Fill(value, int(target.storage_offset()), shape, strides))

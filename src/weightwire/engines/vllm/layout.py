@@ -1,15 +1,16 @@
 """How each module of the live model takes new weights.
 
-Most parameters are plain tensors: they are overwritten in place and read back. On a CPU a linear layer keeps its
-weight only in a kernel's packing; such a module is packed anew, beside the live one, by vLLM's own code, and at commit
-the live module is handed the new packing. A matrix product with unit vectors shows what a packing holds, exactly.
+Most parameters are plain tensors: they are handed the staged memory, or copied to where something else shares the live
+one, and read back. On a CPU a linear layer keeps its weight only in a kernel's packing; such a module is packed anew,
+beside the live one, by vLLM's own code, and at commit the live module is handed the new packing. A matrix product with
+unit vectors shows what a packing holds, exactly.
 Whatever is neither is refused by name: an update that would not be exact must not happen.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +42,7 @@ class Slot:
     packs: bool = False
     undoable: bool = False
     _ready: dict[str, torch.Tensor] = field(default_factory=dict)
-    _scans: dict[str, Scan] = field(default_factory=dict)
+    _expected: dict[str, Sequence[tuple[int, int, Scan]]] = field(default_factory=dict)
     _attributes: dict[str, Any] = field(default_factory=dict)
     _replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     _packing: dict[str, Any] = field(default_factory=dict)
@@ -69,13 +70,18 @@ class Slot:
         ]
         return torch.cat(columns, dim=1)
 
-    def prepare(self, staged: Mapping[str, torch.Tensor], *, finite: bool) -> None:
+    def prepare(
+        self, staged: Mapping[str, torch.Tensor], *, finite: bool, expected: Collection[str] = frozenset()
+    ) -> None:
         """Make ready what `commit` needs, from this slot's parameters in `staged` (by model name). Off the live model:
-        a packing is made on a copy of the module's shell. `finite`: no element is known to be NaN or infinite."""
+        a packing is made on a copy of the module's shell. `finite`: no element is known to be NaN or infinite. What
+        `proof` must find in the parameters in `expected` will be said with `expect`; that of others is read here."""
         values = {own: staged[name] for own, name in self.parameters.items() if name in staged}
         if not self.packs:
             self._ready = values
-            self._scans = {own: scan(value) for own, value in values.items()}
+            for own, value in values.items():
+                if self.parameters[own] not in expected:
+                    self._expected[own] = [(0, value.numel(), scan(value))]
             return
         layer: Any = self.module
         shell = _shell(layer, values)
@@ -96,7 +102,13 @@ class Slot:
                 raise UnsupportedError(f"{self.parameters[own]} was packed into another shape than the live one")
             if made.numel():
                 self._ready[own] = made
-                self._scans[own] = scan(made)
+                self._expected[own] = [(0, made.numel(), scan(made))]
+
+    def expect(self, arrived: Mapping[str, Sequence[tuple[int, int, Scan]]]) -> None:
+        """What `proof` must find in parameters that are kept as they were sent: by their names in the model, runs of
+        elements: the first, how many, and the scan that they arrived with."""
+        if not self.packs:
+            self._expected |= {own: arrived[name] for own, name in self.parameters.items() if name in arrived}
 
     def ask(self) -> None:
         """Raise if a packing made ready is not of the weight it was made from. On the engine's thread: vLLM's oneDNN
@@ -115,10 +127,13 @@ class Slot:
     def commit(self) -> None:
         """Make it live. On the engine's thread, between two model steps."""
         for own, value in self._ready.items():
-            live = getattr(self.module, own).data
+            parameter = getattr(self.module, own)
             if self.undoable:
-                self._replaced[own] = live.clone()
-            live.copy_(value)
+                self._replaced[own] = parameter.data.clone()
+            elif not self.packs and parameter.dtype == value.dtype and _is_alone(parameter):
+                parameter.data = value
+            if parameter.data_ptr() != value.data_ptr():
+                parameter.data.copy_(value)
         for attribute, value in self._attributes.items():
             if self.undoable:
                 self._packing[attribute] = self.module.__dict__.get(attribute, _ABSENT)
@@ -136,8 +151,9 @@ class Slot:
 
     def proof(self) -> dict[str, Proof]:
         """How each parameter of this slot was proven; raises when one is not what was staged."""
-        for own, expected in self._scans.items():
-            if scan(getattr(self.module, own).detach().cpu()) != expected:
+        for own, runs in self._expected.items():
+            live = getattr(self.module, own).detach().cpu().reshape(-1)
+            if any(scan(live[at : at + count]) != expected for at, count, expected in runs):
                 raise VerificationError(f"{self.parameters[own]} was read back and is not what was staged")
         for attribute, value in self._attributes.items():
             if self.module.__dict__.get(attribute) is not value:
@@ -171,6 +187,12 @@ def refuse_infinite(name: str, staged: torch.Tensor) -> None:
 
 
 _TORCH = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+def _is_alone(tensor: torch.Tensor) -> bool:
+    """Whether no other tensor shares its memory."""
+    count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
+    return bool(count(tensor.untyped_storage()._cdata) == 2)  # itself, and the storage that is asked about
 
 
 def _shell(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -15,7 +15,7 @@ from weightwire.engines.vllm.layout import Slot
 from weightwire.target import Staging
 from weightwire.updates.boxes import Box
 from weightwire.updates.delta import Patch
-from weightwire.updates.digest import Digest, Scan
+from weightwire.updates.digest import Digest, Scan, scan
 from weightwire.updates.manifest import Manifest, TensorSpec
 
 __all__ = ["HostCopy", "Keeping", "Rebuilt"]
@@ -43,9 +43,9 @@ class Keeping:
     def takes(self) -> Sequence[Sequence[Box]] | None:
         return self._inner.takes
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
         self._host.tensors[tensor][start : start + data.numel()].copy_(data)
-        self._inner.write(tensor, start, data)
+        return self._inner.write(tensor, start, data)
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))
@@ -79,17 +79,19 @@ class Rebuilt(ArrivingDelta):
 
     def seal(self, scans: Sequence[Scan]) -> None:
         after: list[Digest] = []
+        whole: list[Scan] = []
         for number, (spec, base) in enumerate(zip(self._specs, self._host.tensors, strict=True)):
             delta = self._parse(number)
             patch = self._decode(spec.name, delta, base)
             new = base.clone()
             patch.apply(new)
-            self._inner.write(number, 0, new)
+            written = self._inner.write(number, 0, new)
+            whole.append(scan(new) if written is None else written)
             self._patches.append(patch)
             after.append(delta.after)
         self.after = after
         self._bytes.clear()
-        self._inner.seal(scans)
+        self._inner.seal(whole)
 
     def check(self, seconds: float) -> bool:
         return self._inner.check(seconds)

@@ -23,7 +23,7 @@ from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
 from weightwire.errors import EngineError, UnsupportedError, UsageError, VersionError
 from weightwire.revisions import Revision
 from weightwire.target import AdapterStaging, DeltaStaging, Staging
-from weightwire.updates.digest import Scan
+from weightwire.updates.digest import Scan, scan_and_copy
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof, weakest
 
@@ -224,13 +224,22 @@ class _Staged:
         if manifest.partial:
             self._keep_what_is_not_sent()
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        for copy in self._plan.copies[tensor]:
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
+        spec, copies = self._manifest.tensors[tensor], self._plan.copies[tensor]
+        for copy in copies:
             if copy.parameter not in self._staged:
                 self._allocate(copy.parameter)
-        written = self._plan.write(self._manifest.tensors[tensor], tensor, start, data, self._staged)
+        scanned: Scan | None = None
+        if len(copies) == 1 and copies[0].is_run(spec.shape) and copies[0].parameter not in self._cast:
+            staged, at = self._staged[copies[0].parameter], copies[0].offset + start
+            scanned = scan_and_copy(data, start, staged.view(-1)[at : at + data.numel()])
+            written = {copies[0].parameter: data.numel()}
+        else:
+            written = self._plan.write(spec, tensor, start, data, self._staged)
         self._awaited.subtract(written)
-        self._make_ready_what_is_complete()
+        if not all(self._awaited[name] for name in written):
+            self._make_ready_what_is_complete()
+        return scanned
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))
@@ -241,12 +250,20 @@ class _Staged:
             raise EngineError(f"{len(self._waiting)} modules did not get all of their parameters")
         for ready in self._ready:
             ready.result()
+        expected = {
+            name: [(run.offset, run.numel, scans[run.tensor]) for run in runs] for name, runs in self._plan.runs.items()
+        }
+        for slot in self._slots:
+            slot.expect(expected)
 
     def _make_ready_what_is_complete(self) -> None:
         complete = [s for s in self._waiting if not any(self._awaited[name] for name in s.parameters.values())]
         for slot in complete:
             self._waiting.remove(slot)
-            self._ready.append(self._packer.submit(self._make_ready, slot))
+            if slot.packs or any(name not in self._plan.runs for name in slot.parameters.values()):
+                self._ready.append(self._packer.submit(self._make_ready, slot))
+            else:
+                self._make_ready(slot)  # which takes no time
         # What is complete and not yet packed is the memory that goes beyond one staged copy: little of it at a time.
         if len(self._ready) > _AHEAD:
             wait([self._ready[-1 - _AHEAD]])
@@ -256,7 +273,8 @@ class _Staged:
         for name in names & self._cast if self._manifest.finite else ():
             # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
             layout.refuse_infinite(name, self._staged[name])
-        slot.prepare(self._staged, finite=self._manifest.finite and not self._manifest.partial)
+        finite = self._manifest.finite and not self._manifest.partial
+        slot.prepare(self._staged, finite=finite, expected=self._plan.runs.keys())
         self._unasked.append(slot)
         # A packed weight is needed no more once its last module has it, so that there is one staged copy, not two.
         for name in names:
