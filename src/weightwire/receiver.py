@@ -560,6 +560,8 @@ class Receiver:
     def _take_lent(self, update: _Update, lent: Lent) -> None:
         if not lent.here and self._copies(update):
             for index, data in pull(lent.tensors, update.buckets):
+                if update.cancelled.is_set():
+                    return
                 self._take(update, index, data)
             return
         # From here, also where the trainer's GPU is another one.

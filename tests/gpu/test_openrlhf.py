@@ -75,4 +75,4 @@ def run(custom: str, folder: Path) -> dict[str, Any]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
-    return dict(json.loads(output.read_text().splitlines()[-1]))
+    return dict(json.loads([line for line in output.read_text().splitlines() if line.startswith("{")][-1]))

@@ -20,10 +20,10 @@ two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two G
 
 
 def run(script: str, *arguments: object, **environment: str) -> dict[str, Any]:
-    """What a script of `tests/vllm` printed as its last line, as JSON."""
+    """What a script of `tests/vllm` printed last that is JSON."""
     path = os.pathsep.join(filter(None, (str(SCRIPTS), os.environ.get("PYTHONPATH"))))
     env = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-8000:]
-    return dict(json.loads(done.stdout.splitlines()[-1]))
+    return dict(json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -149,14 +150,11 @@ class DeviceStaging:
                 run = data[piece.offset : piece.offset + piece.count * spec.itemsize]
                 self.write(piece.tensor, piece.start, run.view(getattr(torch, spec.dtype)))
             return
-        tables = self._tables
-        of = (self._plan, self._manifest.bucket_bytes, [tensor.data_ptr() for tensor in self._staged.values()])
-        if tables.buckets_of != of:
-            tables.buckets_of, tables.buckets = of, {}
+        kept = self._kept_buckets
         key = (bucket.index, data.data_ptr())
-        if key not in tables.buckets:
-            tables.buckets[key] = BatchedCopy(self._moves(bucket, data), self._device)
-        tables.buckets[key].run()
+        if key not in kept:
+            kept[key] = BatchedCopy(self._moves(bucket, data), self._device)
+        kept[key].run()
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
@@ -222,6 +220,15 @@ class DeviceStaging:
         self._staged, self._memory = {}, None
         self._lent = {}
         self._regions = []
+
+    @cached_property
+    def _kept_buckets(self) -> dict[object, BatchedCopy]:
+        tables, manifest = self._tables, self._manifest
+        of = (self._plan, manifest.bucket_bytes, [tensor.data_ptr() for tensor in self._staged.values()])
+        most = 4 * (manifest.nbytes // manifest.bucket_bytes + 1)  # where buckets do not come to the same places again
+        if tables.buckets_of != of or len(tables.buckets) > most:
+            tables.buckets_of, tables.buckets = of, {}
+        return tables.buckets
 
     def _size(self, names: Sequence[str]) -> int:
         return sum(_aligned(self._live[name][0].nbytes) for name in names)
