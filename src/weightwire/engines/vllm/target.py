@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import logging
 import math
 import os
@@ -189,6 +191,15 @@ def _proofs(left: deque[Slot]) -> Iterator[dict[str, Proof]]:
         yield slot.proof()
 
 
+@functools.cache
+def _give_back_what_was_loaded() -> None:
+    """Once: the weights that the engine was started with are no longer live. malloc keeps their memory for the thread
+    that loaded them, which wants it no more; what updates take, it shall keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+    if trim is not None:
+        trim(0)
+
+
 class _Staged:
     """The staged copy of one rank. A module is made ready, on a thread of its own, as soon as all of its parameters
     have arrived: its part of the staged copy becomes a packing while the next buckets are still on their way."""
@@ -221,6 +232,7 @@ class _Staged:
         self._packer = packer
         self._ready: list[Future[None]] = []
         self._unasked = deque[Slot]()
+        self._committed = False
         if manifest.partial:
             self._keep_what_is_not_sent()
 
@@ -291,6 +303,7 @@ class _Staged:
     def commit(self) -> None:
         for slot in self._slots:
             slot.commit()
+        self._committed = True
 
     def proof(self) -> dict[str, Proof]:
         # One thread does not reach what memory gives, and the one that packs has nothing to do.
@@ -309,6 +322,8 @@ class _Staged:
         self._staged.clear()
         self._unasked.clear()
         self._slots.clear()
+        if self._committed:
+            _give_back_what_was_loaded()
 
     def _allocate(self, name: str) -> None:
         parameter = self._twin[name]
