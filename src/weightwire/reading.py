@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -58,6 +59,7 @@ class Reading:
             self._source.read if self._source.ranks is None else self._spread.read_part, tensor, start, out
         )
 
+    @functools.cached_property
     def whole(self) -> list[torch.Tensor]:
         """The tensors themselves, where they are all of them contiguous and on one device."""
         whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]

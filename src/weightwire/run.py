@@ -271,11 +271,11 @@ class Run:
         is much cheaper than one for each piece."""
         for name, way in self._ways.items():
             if isinstance(way, Lender):
-                self._lent_at[name] = self._lent.enter_context(way.lend(self._reading.whole()))
+                self._lent_at[name] = self._lent.enter_context(way.lend(self._reading.whole))
         reads_along = self._baseline is not None and self._baseline.reads_along
         plain = self._ranks is None and not self.of_deltas and not reads_along
         if plain and Weights(self._source).device.type == "cuda":
-            self._ahead = self._reading.whole()
+            self._ahead = self._reading.whole
             self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else []
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
@@ -308,7 +308,7 @@ class Run:
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
-            whole = self._ahead or self._reading.whole()
+            whole = self._ahead or self._reading.whole
             scans = self._ahead_scans or scan_tensors_any(whole)
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):

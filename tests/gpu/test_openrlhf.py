@@ -6,7 +6,6 @@ pytest -m gpu tests/gpu/test_openrlhf.py        # two GPUs for NCCL, which refus
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support.scripts import last_json
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -75,4 +76,4 @@ def run(custom: str, folder: Path) -> dict[str, Any]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait(30)
-    return dict(json.loads([line for line in output.read_text().splitlines() if line.startswith("{")][-1]))
+    return last_json(output.read_text())

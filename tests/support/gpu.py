@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support.scripts import last_json
 
 __all__ = ["gpu", "run", "two_gpus"]
 
@@ -26,4 +27,4 @@ def run(script: str, *arguments: object, **environment: str) -> dict[str, Any]:
     command = [sys.executable, str(SCRIPTS / script), *map(str, arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-8000:]
-    return dict(json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1]))
+    return last_json(done.stdout)

@@ -70,7 +70,7 @@ class Bench:
             max_num_seqs=8,
             seed=0,
             worker_extension_cls="faults.FaultyWorker",
-            **({"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30} if DEVICE == "cuda" else {}),
+            **(models.ON_GPU_SIZE if DEVICE == "cuda" else {}),
         )
         self.engines = ww.connect(self.llm)
         self.dtype = getattr(torch, dtype)

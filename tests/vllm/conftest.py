@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -17,6 +16,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+
+from support.scripts import last_json
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -138,8 +139,7 @@ def run_script(name: str, *arguments: object, folder: Path, seconds: float) -> d
         pytest.fail(f"{name} did not end in {seconds} s: {errors.read_text()[-4000:]}")
     finally:
         _end(process)
-    # vLLM may have more to say while it shuts down.
-    return json.loads([line for line in output.read_text().splitlines() if line.startswith("{")][-1])
+    return last_json(output.read_text())
 
 
 def _wait_ready(server: Server) -> None:

@@ -18,7 +18,7 @@ from vllm import LLM
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
-from exactness import ON_GPU_SIZE, generate
+from exactness import generate
 
 import weightwire as ww
 
@@ -26,7 +26,7 @@ import weightwire as ww
 def start(path: Path, tensor_parallel: int) -> LLM:
     return LLM(
         str(path), dtype="bfloat16", tensor_parallel_size=tensor_parallel, enforce_eager=True, max_model_len=128,
-        max_num_seqs=8, seed=0, worker_extension_cls="faults.FaultyWorker", **ON_GPU_SIZE,
+        max_num_seqs=8, seed=0, worker_extension_cls="faults.FaultyWorker", **models.ON_GPU_SIZE,
     )  # fmt: skip
 
 

@@ -25,8 +25,6 @@ import models
 import weightwire as ww
 
 ON_GPU = torch.cuda.is_available()
-# A cache of fixed size: to find out how much would fit, vLLM must be alone on its GPU.
-ON_GPU_SIZE = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
 GRAPHS = os.environ.get("CUDA_GRAPHS") == "1"
 PROMPTS = ["hello world", "abc", "the quick brown fox jumps over"]
 
@@ -42,7 +40,7 @@ def start(path: Path, dtype: str, tensor_parallel: int, lora: bool) -> LLM:
         max_num_seqs=8,
         seed=0,
         # Of this process and of stock vLLM, whose plugin need not be installed on a borrowed machine.
-        **({**ON_GPU_SIZE, "worker_extension_cls": ww.WORKER_EXTENSION} if ON_GPU else {}),
+        **({**models.ON_GPU_SIZE, "worker_extension_cls": ww.WORKER_EXTENSION} if ON_GPU else {}),
     )
 
 

@@ -38,6 +38,10 @@ _EXTRA = {
 }
 
 
+# A cache of fixed size: to find out how much would fit, vLLM must be alone on its GPU.
+ON_GPU_SIZE = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
+
+
 def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB)) -> PreTrainedModel:
     """A float32 model with random weights, large enough that outputs depend on all of them."""
     torch.manual_seed(seed)

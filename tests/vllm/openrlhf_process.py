@@ -121,11 +121,7 @@ class Engine:
 
 def main(folder: Path) -> None:
     models.save(models.new_model("qwen3", tied=True, seed=1), folder / "served")
-    on_gpu = (
-        {}
-        if CUSTOM == "gloo"
-        else {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30, "enable_sleep_mode": True}
-    )
+    on_gpu = {} if CUSTOM == "gloo" else {**models.ON_GPU_SIZE, "enable_sleep_mode": True}
     llm = LLM(
         str(folder / "served"), dtype="float32", enforce_eager=True, max_model_len=256, tensor_parallel_size=WORKERS,
         worker_extension_cls="faults.FaultyWorker", **on_gpu,

@@ -343,7 +343,7 @@ def _expected(module: Any, lora: Any) -> list[torch.Tensor | None] | None:
         a, b = module.expand_packed_lora(a, b)
     if module.tp_size > 1:
         a, b = module.slice_lora_a(a), module.slice_lora_b(b)
-    return [*(a if isinstance(a, list) else [a]), *(b if isinstance(b, list) else [b])]
+    return [*_listed(a), *_listed(b)]
 
 
 def _is_made_of(built: Any, given: dict[str, torch.Tensor]) -> bool:
@@ -369,8 +369,7 @@ def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _on_host(tensors: dict[K, torch.Tensor], flat: Sequence[torch.Tensor]) -> dict[K, torch.Tensor]:
-    """The same tensors, most of them parts of `flat`, in pinned host memory; themselves where they are there. Copied by
-    the time that what is queued on the current stream is done."""
+    """The same tensors, most of them parts of `flat`, in pinned host memory; themselves where they are there."""
     if all(tensor.device.type == "cpu" for tensor in tensors.values()):
         return dict(tensors)
     copies = {}

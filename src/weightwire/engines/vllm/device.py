@@ -111,7 +111,6 @@ class DeviceStaging:
         self.takes = plan.takes
         self._lent: dict[int, int] = {}
         self._staged: dict[str, torch.Tensor] = {}
-        self._memory: torch.Tensor | None = None
         self._regions: list[Region] = []
         self._expected: list[Scan] = []
         self._cast = {
@@ -217,7 +216,7 @@ class DeviceStaging:
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
-        self._staged, self._memory = {}, None
+        self._staged = {}
         self._lent = {}
         self._regions = []
 
@@ -235,13 +234,13 @@ class DeviceStaging:
 
     def _allocate(self) -> None:
         # In one piece, which the allocator then finds in the same place at the next update.
-        if self._memory is not None or self._manifest.staging == "none":
+        if self._staged:
             return
-        self._memory = torch.empty(self._size(self._own), dtype=torch.uint8, device=self._device)
+        memory = torch.empty(self._size(self._own), dtype=torch.uint8, device=self._device)
         offset = 0
         for name in self._own:
             live = self._live[name][0]
-            run = self._memory[offset : offset + live.nbytes]
+            run = memory[offset : offset + live.nbytes]
             self._staged[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
             offset += _aligned(live.nbytes)
 
