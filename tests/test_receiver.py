@@ -214,8 +214,10 @@ class Updates(RuleBasedStateMachine):
         self.poisoned = False
         self.held: str | None = None
         self.manifest: Manifest | None = None
+        self.beginning: Manifest | None = None
         self.fails: str | None = None
         self.spoiled = False
+        self.address: str | None = None
         self.arrived: set[int] = set()
         self.sealed = False
         self.torn = False
@@ -228,8 +230,9 @@ class Updates(RuleBasedStateMachine):
         partial=st.booleans(),
         fails=st.sampled_from([None, None, None, "write", "seal", "commit", "proof"]),
         refuse=st.sampled_from([None, None, None, "unknown", "room"]),
+        address=st.sampled_from([None, None, "good", "flipped", "halfway", "nowhere"]),
     )
-    def begin(self, step: int, partial: bool, fails: str | None, refuse: str | None) -> None:
+    def begin(self, step: int, partial: bool, fails: str | None, refuse: str | None, address: str | None) -> None:
         version = max((-1 if self.version is None else self.version) + step, 0)
         self.target.fails, self.target.known = fails, refuse != "unknown"
         self.target.free = 0 if refuse == "room" else 1 << 20
@@ -245,13 +248,16 @@ class Updates(RuleBasedStateMachine):
             expected = PoisonedError
         elif refuse is not None:
             expected = UnknownTensor if refuse == "unknown" else RoomError
-        error = self._call("begin", id=id, manifest=msgspec.to_builtins(manifest), holder="t", lease=LEASE)
+        self.beginning, plain = manifest, msgspec.to_builtins(manifest)
+        error = self._call("begin", id=id, manifest=plain, holder="t", lease=LEASE, address=address)
         assert expected is None if error is None else type(error) is expected, error
         if isinstance(error, BusyError):
             assert error.details == {"holder": "t", "until": self.expires}
         if error is None:
             self.held, self.manifest, self.fails, self.expires = id, manifest, fails, self.now + LEASE
-            self.spoiled, self.sealed, self.arrived = False, False, set()
+            self.spoiled, self.sealed, self.arrived, self.address = False, False, set(), None
+            if address is not None:
+                self._fetches(address)
 
     @rule(
         data=st.data(), index=st.integers(-1, 2), how=st.sampled_from(["right", "right", "right", "flipped", "short"])
@@ -283,12 +289,10 @@ class Updates(RuleBasedStateMachine):
         if id != self.held:
             self._is_not_found(error, id)
             return
-        refused = self.spoiled or self.sealed
-        if not refused:
-            self.expires = self.now + LEASE
-            for index in {"good": [0, 1], "flipped": [0, 1], "halfway": [0]}.get(address, []):
-                self._arrive(index, "flipped" if (address, index) == ("flipped", 1) else "right")
-            self.spoiled |= address in ("nowhere", "halfway", "")
+        again = address == self.address
+        refused = self.spoiled or (self.sealed and not again)
+        if not refused and not again:
+            self._fetches(address)
         assert (error is not None) == (refused or self.spoiled)
 
     @rule(data=st.data(), how=st.sampled_from(["right", "right", "right", "wrong", "few", "none"]))
@@ -403,7 +407,7 @@ class Updates(RuleBasedStateMachine):
         return None
 
     def _fetch(self, address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
-        manifest = self.manifest
+        manifest = self.manifest if arrivals.update == self.held else self.beginning
         assert manifest is not None
         for index, body in enumerate(bodies(manifest, manifest.version)):
             data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
@@ -412,6 +416,12 @@ class Updates(RuleBasedStateMachine):
             if (address, index) == ("flipped", 1):
                 data[7] ^= 1
             yield index, data
+
+    def _fetches(self, address: str) -> None:
+        self.address, self.expires = address, self.now + LEASE
+        for index in {"good": [0, 1], "flipped": [0, 1], "halfway": [0]}.get(address, []):
+            self._arrive(index, "flipped" if (address, index) == ("flipped", 1) else "right")
+        self.spoiled |= address in ("nowhere", "halfway", "")
 
     def _arrive(self, index: int, how: str) -> None:
         if index in self.arrived or self.spoiled:

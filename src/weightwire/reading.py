@@ -13,7 +13,8 @@ from weightwire.baseline import Read
 from weightwire.errors import SourceError, WeightwireError
 from weightwire.sources.base import Source, SpreadSource
 from weightwire.updates.boxes import NOTHING, Part
-from weightwire.updates.digest import Pending, Scan
+from weightwire.updates.buckets import Piece
+from weightwire.updates.digest import Pending, Scan, scan_and_pack
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["Reading", "Weights"]
@@ -52,6 +53,13 @@ class Reading:
     def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         """Elements `start ..` of a tensor, read by all ranks together."""
         return self._guard(self._source.read, tensor, start, out)
+
+    def pack(self, pieces: Sequence[Piece], to: torch.Tensor) -> list[Scan] | None:
+        """Every piece of a bucket, by one call, where the tensors are whole on the CPU and so is `to`; else None."""
+        whole = self.whole if self._source.ranks is None and to.device.type == "cpu" else []
+        if not whole or whole[0].device.type != "cpu":
+            return None
+        return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
 
     def read_own(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         """What this rank holds, by itself."""

@@ -109,6 +109,8 @@ class _Update:
     began: float = field(default_factory=time.perf_counter)
     jobs: list[Future[None]] = field(default_factory=list)
     error: WeightwireError | None = None
+    address: str | None = None
+    fetching: Future[None] | None = None
     ready: bool = False
     sealed: bool = False
     transport: str = "http"
@@ -185,10 +187,11 @@ class Receiver:
     # -- the calls, in the order of an update ----------------------------------------------------------------------
 
     def begin(
-        self, id: str, manifest: Manifest | dict[str, Any], holder: str, lease: float
+        self, id: str, manifest: Manifest | dict[str, Any], holder: str, lease: float, address: str | None = None
     ) -> Sequence[Sequence[Box]] | None:
         """Take the engine for one update, for `lease` seconds from the trainer's last sign of life. Gives what this
-        rank takes of each tensor (`Staging.takes`): what no rank takes must not be sent."""
+        rank takes of each tensor (`Staging.takes`): what no rank takes must not be sent. With an `address`, `stage` it
+        too."""
         with self._lock:
             self._expire()
             manifest = manifest if isinstance(manifest, Manifest) else decode_manifest(manifest)
@@ -229,6 +232,8 @@ class Receiver:
             )
             if self._background:
                 threading.Thread(target=self._watch, args=(self._update,), name="weightwire-lease", daemon=True).start()
+            if address is not None:
+                self.stage(id, address)
             return staging.takes
 
     def _revision(self, id: str, manifest: Manifest) -> Revision | None:
@@ -261,11 +266,13 @@ class Receiver:
             )
 
     def stage(self, id: str, address: str) -> None:
-        """Start to fetch every bucket from `address`."""
+        """Start to fetch every bucket from `address`, where that has not been started."""
         with self._lock:
+            if (update := self._held(id)).address == address:
+                return
             update = self._staging(id)
-            update.transport = address.partition(":")[0]
-            self._start(update, "stage", lambda: self._fetch_all(update, address))
+            update.address, update.transport = address, address.partition(":")[0]
+            update.fetching = self._start(update, "stage", lambda: self._fetch_all(update, address))
 
     def put(self, id: str, index: int, body: bytes) -> None:
         """Take one bucket's bytes. Sent again, the same bucket is taken once."""
@@ -311,22 +318,19 @@ class Receiver:
         return call
 
     def seal(self, id: str, digests: Sequence[str]) -> None:
-        """Compare what arrived with what was sent, one digest a tensor in manifest order, and make ready to commit."""
+        """Compare what arrived with what was sent, one digest a tensor in manifest order, and make ready to commit;
+        what is being fetched is waited for."""
         with self._lock:
             update = self._staging(id)
             specs = update.manifest.tensors
             if len(digests) != len(specs):
                 raise ManifestError(f"{len(digests)} digests for {len(specs)} tensors")
-            missing = len(update.buckets) - len(update.received)
-            if missing or any(not job.done() for job in update.jobs):
-                raise StateError(
-                    f"{missing} of {len(update.buckets)} buckets have not arrived",
-                    next_step="Stage every bucket before sealing.",
-                )
-            _refuse_other_digests(update, digests, self._rank)
-            if update.manifest.finite:
-                _refuse_nonfinite(update)
-            self._start(update, "seal", lambda: self._make_ready(update))
+            running = [job for job in update.jobs if not job.done()]
+            if any(job is not update.fetching for job in running):
+                raise _not_arrived(update)
+            if not running:
+                self._verify(update, digests)
+            self._start(update, "seal", lambda: self._make_ready(update, digests if running else None))
             while not self._background and update.ready and not update.sealed and update.error is None:
                 self._check(update, _CHECK_SECONDS)
 
@@ -475,11 +479,12 @@ class Receiver:
             self._poisoned = self._poisoned or reason
             logger.error("weightwire: poisoned: %s", reason)
 
-    def record(self, receipt: dict[str, Any]) -> None:
-        """Keep the last receipt, for `status`: its update is over on every rank."""
+    def record(self, id: str, receipt: dict[str, Any]) -> None:
+        """Keep the receipt of the last update, for `status`: it is over on every rank."""
         with self._lock:
-            self._receipt = receipt
-            self._forget()
+            if self._proofs is not None and self._proofs[0] == id:
+                self._receipt = receipt
+                self._forget()
 
     def try_offers(self, offers: Sequence[str]) -> dict[str, str | None]:
         """For each transport offered, None if this rank can use it, else why not."""
@@ -610,7 +615,18 @@ class Receiver:
             update.expires = self._clock() + update.lease
             update.known = known
 
-    def _make_ready(self, update: _Update) -> None:
+    def _verify(self, update: _Update, digests: Sequence[str]) -> None:
+        if update.error is not None:
+            raise update.error
+        if len(update.received) < len(update.buckets):
+            raise _not_arrived(update)
+        _refuse_other_digests(update, digests, self._rank)
+        if update.manifest.finite:
+            _refuse_nonfinite(update)
+
+    def _make_ready(self, update: _Update, digests: Sequence[str] | None) -> None:
+        if digests is not None:
+            self._verify(update, digests)
         update.staging.seal(update.known)
         with self._lock:
             update.ready = True
@@ -618,7 +634,7 @@ class Receiver:
     def _check(self, update: _Update, seconds: float) -> None:
         # Asked before: what is made ready while the check runs may not have been in it.
         ready = update.ready
-        with _noting_errors(update, self._rank):
+        with _noting_errors(update, self._rank, "seal"):
             started = time.perf_counter()
             nothing_left = update.staging.check(seconds)
             update.seconds["seal"] += time.perf_counter() - started
@@ -637,19 +653,20 @@ class Receiver:
             if update.delta is None:  # which can still be undone
                 update.staging.discard()
 
-    def _start(self, update: _Update, phase: str, work: Callable[[], None]) -> None:
+    def _start(self, update: _Update, phase: str, work: Callable[[], None]) -> Future[None]:
         update.expires = self._clock() + update.lease
 
         def run() -> None:
             if update.cancelled.is_set() or update.error is not None:
                 return
-            with _noting_errors(update, self._rank):
+            with _noting_errors(update, self._rank, phase):
                 started = time.perf_counter()
                 work()
                 update.seconds[phase] += time.perf_counter() - started
 
         update.jobs = [job for job in update.jobs if not job.done()]
         update.jobs.append(self._submit(run))
+        return update.jobs[-1]
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         if self._pool is not None:
@@ -706,17 +723,24 @@ class Receiver:
 
 
 @contextlib.contextmanager
-def _noting_errors(update: _Update, rank: int) -> Iterator[None]:
+def _noting_errors(update: _Update, rank: int, phase: str) -> Iterator[None]:
     """What ends an update's work is kept, and raised by the next call that asks after it."""
     try:
         yield
     except WeightwireError as error:
-        update.error = error
+        update.error = error.at(phase=phase)
     except (MemoryError, torch.OutOfMemoryError):
-        update.error = RoomError("the engine ran out of memory while staging")
+        update.error = RoomError("the engine ran out of memory while staging", phase=phase)
     except Exception as error:
         logger.exception("weightwire: update %s", update.id)
-        update.error = EngineError(f"rank {rank} failed while staging: {error!r}")
+        update.error = EngineError(f"rank {rank} failed while staging: {error!r}", phase=phase)
+
+
+def _not_arrived(update: _Update) -> StateError:
+    return StateError(
+        f"{len(update.buckets) - len(update.received)} of {len(update.buckets)} buckets have not arrived",
+        next_step="Stage every bucket before sealing.",
+    )
 
 
 def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from weightwire import transports
 from weightwire.engines.base import Begun, Engine, Pause
-from weightwire.errors import DeadlineError, PublishError, SourceError, UsageError, WeightwireError
+from weightwire.errors import DeadlineError, PublishError, SourceError, UpdateNotFound, UsageError, WeightwireError
 from weightwire.fleet import Fleet
 from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
@@ -84,7 +84,7 @@ class Run:
         self._begun: dict[str, Begun] = {}
         self._senders: list[Sender] = []
         self._lent = contextlib.ExitStack()
-        self._lent_at: dict[str, str] = {}
+        self._addresses: dict[str, str] = {}
         self._ahead: list[torch.Tensor] = []
         self._ahead_scans: list[Scan | Pending] = []
         self._stages: list[Future[None]] = []
@@ -130,6 +130,8 @@ class Run:
             baseline.start(reading.specs, reading.mine)
         marks.append(time.perf_counter())
         scans = own = self._stage(manifest, self._route.deltas)
+        if self._route.behind or not cut(manifest):
+            together.on_leader(self._end_stages)
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take(reading.read_own))
         behind = self._stage_behind(manifest)
@@ -238,6 +240,11 @@ class Run:
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
     def _begin(self, draft: Manifest) -> Manifest:
+        for name, way in self._ways.items():
+            if isinstance(way, Lender):
+                self._addresses[name] = self._lent.enter_context(way.lend(self._reading.whole))
+            elif way.address is not None:
+                self._addresses[name] = way.address
         senders = {name: way for name, way in self._ways.items() if not isinstance(way, Lender)}
         limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
         wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=_LENT_BUCKET_BYTES)
@@ -247,31 +254,29 @@ class Run:
         def begin(engine: Engine) -> Begun:
             lends = self._choices[engine.name].name not in senders and not manifest.adapter
             own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
-            own = next((each.of(manifest) for each in self._route.behind if engine.name in each.engines), own)
-            begun = engine.begin(own, holder=holder, lease=self._means.lease, timeout=self._fleet.left())
+            address = self._addresses.get(self._choices[engine.name].name)
+            if engine.name in behind:  # its turn comes after the others'
+                own, address = behind[engine.name], None
+            begun = engine.begin(
+                own, holder=holder, lease=self._means.lease, address=address, timeout=self._fleet.left()
+            )
             self._begun[engine.name] = begun
             return begun
 
-        self._fleet.each("begin", begin, meanwhile=self._make_ready)
-        behind = {engine for each in self._route.behind for engine in each.engines}
+        behind = {name: each.of(manifest) for each in self._route.behind for name in each.engines}
+        self._fleet.each("begin", begin, meanwhile=self._scan_ahead)
         self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
         return manifest
 
     def _offer(self, manifest: Manifest, engines: Sequence[Engine]) -> None:
         for name, way in self._ways.items():
             taking = [e for e in engines if self._choices[e.name].name == name]
-            if isinstance(way, Lender):
-                address = self._lent_at[name]
-                self._stages += [self._fleet.submit(functools.partial(self._fetch, e, address)) for e in taking]
-            elif taking:
+            if taking and not isinstance(way, Lender):
                 self._open(way, taking, cut(manifest))
 
-    def _make_ready(self) -> None:
-        """While engines begin: lend what is lent, and have a GPU scan what it has whole, by one launch for all, which
-        is much cheaper than one for each piece."""
-        for name, way in self._ways.items():
-            if isinstance(way, Lender):
-                self._lent_at[name] = self._lent.enter_context(way.lend(self._reading.whole))
+    def _scan_ahead(self) -> None:
+        """While engines begin, have a GPU scan what it has whole, by one launch for all, which is much cheaper than one
+        for each piece."""
         reads_along = self._baseline is not None and self._baseline.reads_along
         plain = self._ranks is None and not self.of_deltas and not reads_along
         if plain and Weights(self._source).device.type == "cuda":
@@ -313,7 +318,6 @@ class Run:
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
-            self._together.on_leader(self._finish)
             return settle(scans)
         scans = [*self._ahead_scans] or scans
         for bucket in cut(manifest):
@@ -337,6 +341,11 @@ class Run:
         return found
 
     def _fill(self, bucket: Bucket, data: torch.Tensor | None, scans: list[Scan | Pending]) -> None:
+        packed = None if data is None or self._ahead else self._reading.pack(bucket.pieces, data)
+        for piece, scan in zip(bucket.pieces, packed or (), strict=False):
+            scans[piece.tensor] = scan + scans[piece.tensor]
+        if packed is not None and self._baseline is None:
+            return
         for number, start, count, offset in bucket.pieces:
             spec = self._reading.specs[number]
             nbytes = count * spec.itemsize
@@ -350,7 +359,8 @@ class Run:
             if self._ahead:
                 run.copy_(self._ahead[number].reshape(-1)[start : start + count])
                 continue
-            scans[number] = self._reading.read(number, start, run) + scans[number]
+            if packed is None:
+                scans[number] = self._reading.read(number, start, run) + scans[number]
             if self._baseline is not None and self._ranks is None:
                 self._baseline.write(number, start, run)
 
@@ -364,9 +374,12 @@ class Run:
     def _finish(self) -> None:
         for sender in self._senders:
             sender.finish()
+
+    def _end_stages(self) -> None:
         for stage in self._stages:
             self._wait(stage.done, "every rank to have every bucket")
             stage.result()
+        self._stages.clear()
         self._close_senders()
 
     def _close_senders(self) -> None:
@@ -378,7 +391,14 @@ class Run:
             digests = [scan.digest.hex() for scan in behind.get(engine.name, scans)]
             engine.seal(self._id(engine), digests, timeout=self._fleet.left())
 
-        self._fleet.each("seal", seal)
+        try:
+            self._fleet.each("seal", seal)
+        except UpdateNotFound as gone:
+            # An engine that ended the update while it staged says why in its answer to that.
+            found = [stage.exception() for stage in wait(self._stages, _ABORT_SECONDS).done]
+            why = next((error for error in found if not isinstance(error, UpdateNotFound | None)), gone)
+            raise why from None
+        self._end_stages()
 
     def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
         def commit(engine: Engine) -> EngineReceipt:

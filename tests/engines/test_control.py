@@ -115,6 +115,7 @@ class FakeHost:
     name = "fake"
     model = "a model"
     idle = False
+    at_once = False
 
     def __init__(self, ranks: int) -> None:
         self.ranks = [Rank() for _ in range(ranks)]

@@ -58,17 +58,20 @@ class Engine(Protocol):
     def status(self, offers: Sequence[str] = (), *, timeout: float = 30.0) -> EngineStatus:
         """The engine's state. `offers` are addresses of transports to be tried (`transports.resolve`)."""
 
-    def begin(self, manifest: Manifest, *, holder: str, lease: float, timeout: float) -> Begun:
-        """Check a manifest on every rank and take the engine for this update."""
+    def begin(
+        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+    ) -> Begun:
+        """Check a manifest on every rank and take the engine for this update. With an `address`, every rank goes on to
+        fetch from it at once, as `stage` would have it do."""
 
     def stage(self, id: str, address: str, *, timeout: float) -> None:
-        """Have every rank fetch every bucket from `address`; returns when all have."""
+        """Have every rank fetch every bucket from `address`, if it does not do so yet; returns when all have."""
 
     def put(self, id: str, index: int, body: memoryview, *, timeout: float) -> None:
         """Hand one bucket's bytes to every rank."""
 
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
-        """Verify on every rank, and make ready to commit."""
+        """Verify on every rank what has arrived, or once what is being fetched has, and make ready to commit."""
 
     def commit(self, id: str, *, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
         """Make it live on every rank, between two model steps."""

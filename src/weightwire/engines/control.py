@@ -54,6 +54,10 @@ class Host(Protocol):
     def idle(self) -> bool:
         """Whether it is certain that nothing is being generated, so that workers may take their time to answer."""
 
+    @property
+    def at_once(self) -> bool:
+        """Whether it takes a call while another is being answered."""
+
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
 
@@ -85,6 +89,7 @@ class Control:
         """Whether new requests on this side may not find the adapters that the ranks have."""
         self._refreshing = asyncio.Lock()
         self._ended: set[str] = set()  # updates for which the engine stood still, that were committed from here
+        self._sealed: tuple[str, float] | None = None  # the last adapter that was sealed from here, and until when
 
     async def status(self, offers: Sequence[str], timeout: float) -> EngineStatus:
         ranks = await self._all("status", timeout)
@@ -113,15 +118,21 @@ class Control:
         """Why the engine refuses to generate, or None."""
         return (await self.status((), timeout)).poisoned
 
-    async def begin(self, manifest: Manifest, holder: str, lease: float, timeout: float) -> Begun:
+    async def begin(
+        self, manifest: Manifest, holder: str, lease: float, timeout: float, address: str | None = None
+    ) -> Begun:
         id, deadline = secrets.token_hex(16), time.monotonic() + timeout
         plain = msgspec.to_builtins(manifest)
+        in_place = manifest.staging == "none"
+        early = None if in_place else address
         try:
-            ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease)
+            ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
-            if manifest.staging == "none":
+            if in_place:
                 await self._in_time(self.host.pause("keep", False), deadline - time.monotonic(), "begin")
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
+                if address is not None:
+                    await self._all("stage", deadline - time.monotonic(), id=id, address=address)
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
@@ -134,17 +145,15 @@ class Control:
         await self._work("put", timeout, body=body, id=id, index=index)
 
     async def seal(self, id: str, digests: Sequence[str], timeout: float) -> None:
-        await self._work("seal", timeout, id=id, digests=list(digests))
+        # As long as every rank has just promised to hold it (`_patience`), with time to spare.
+        until = time.monotonic() + _CLEAN_UP_SECONDS / 2
+        ranks = await self._work("seal", timeout, id=id, digests=list(digests))
+        self._sealed = (id, until) if ranks[0]["kind"] == "adapter" else None
 
     async def commit(self, id: str, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
         deadline = time.monotonic() + timeout
-        # Asked before anything is paused: a commit that cannot succeed must not cost a pause. From here on the lease
-        # cannot end, since a pause may have to wait for long requests.
-        hold = timeout + _CLEAN_UP_SECONDS
-        ranks = await self._all("poll", timeout, phase="commit", id=id, hold=hold)
-        if any(rank["state"] != "sealed" for rank in ranks):
-            raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
-        if ranks[0]["kind"] == "adapter":
+        # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
+        if self._is_sealed_adapter(id) or await self._hold(id, timeout) == "adapter":
             return await self._commit_adapter(id, deadline)
         started = time.monotonic()
         try:
@@ -167,8 +176,29 @@ class Control:
             ) from error
         stood = max(part["stood"] for part in parts)
         receipt = self._receipt(parts, max(resumed - started, stood), time.monotonic() - resumed, proofs)
-        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
+        await self._record(id, receipt)
         return receipt
+
+    def _is_sealed_adapter(self, id: str) -> bool:
+        """Whether it was sealed from here a moment ago, so that every rank still holds it."""
+        return self._sealed is not None and self._sealed[0] == id and time.monotonic() < self._sealed[1]
+
+    async def _hold(self, id: str, timeout: float) -> str:
+        """Make sure that every rank has sealed this update: its kind. From here on the lease cannot end, since a pause
+        may have to wait for long requests."""
+        hold = timeout + _CLEAN_UP_SECONDS
+        ranks = await self._all("poll", timeout, phase="commit", id=id, hold=hold)
+        if any(rank["state"] != "sealed" for rank in ranks):
+            raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
+        return str(ranks[0]["kind"])
+
+    async def _record(self, id: str, receipt: EngineReceipt) -> None:
+        recording = self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
+        if self.host.at_once:
+            # Whoever asks for it next, asks after this.
+            _leave(asyncio.ensure_future(recording))
+        else:
+            await recording
 
     async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
         """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""
@@ -182,8 +212,7 @@ class Control:
                 raise
             await self._list([part["adapters"] for part in parts])
         receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
-        # Waited for: an `LLM` of this process takes one call at a time, and the next may be the trainer's own.
-        await self._clean_up("record", receipt=msgspec.to_builtins(receipt))
+        await self._record(id, receipt)
         return receipt
 
     async def refresh(self, timeout: float) -> None:
@@ -286,8 +315,9 @@ class Control:
 
     # -- asking every rank -----------------------------------------------------------------------------------------
 
-    async def _work(self, op: str, timeout: float, *, body: bytes | None = None, **arguments: Any) -> None:
-        """Start long work on every rank and wait for it. What cannot be mended by calling again aborts the update."""
+    async def _work(self, op: str, timeout: float, *, body: bytes | None = None, **arguments: Any) -> list[Any]:
+        """Start long work on every rank and wait for it: what each says at its end. What cannot be mended by calling
+        again aborts the update."""
         id, deadline = arguments["id"], time.monotonic() + timeout
         try:
             wait = 0.001
@@ -296,6 +326,7 @@ class Control:
                 await asyncio.sleep(wait)
                 wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
                 ranks = await self._all("poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op))
+            return ranks
         except (StateError, ManifestError, UpdateNotFound):
             raise
         except WeightwireError as error:

@@ -59,8 +59,10 @@ class HttpEngine:
         receipt = status.receipt and msgspec.structs.replace(status.receipt, engine=self.name)
         return msgspec.structs.replace(status, engine=self.name, receipt=receipt)
 
-    def begin(self, manifest: Manifest, *, holder: str, lease: float, timeout: float) -> Begun:
-        body = msgspec.json.encode({"manifest": manifest, "holder": holder, "lease": lease})
+    def begin(
+        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+    ) -> Begun:
+        body = msgspec.json.encode({"manifest": manifest, "holder": holder, "lease": lease, "address": address})
         begun: Begun = self._call("POST", "/updates", timeout, body, phase="begin", reply=Begun)
         return begun
 

@@ -34,8 +34,10 @@ class LocalEngine:
     def status(self, offers: Sequence[str] = (), *, timeout: float = 30.0) -> EngineStatus:
         return self._run(lambda: self._control.status(offers, timeout), timeout)
 
-    def begin(self, manifest: Manifest, *, holder: str, lease: float, timeout: float) -> Begun:
-        return self._run(lambda: self._control.begin(manifest, holder, lease, timeout), timeout)
+    def begin(
+        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+    ) -> Begun:
+        return self._run(lambda: self._control.begin(manifest, holder, lease, timeout, address), timeout)
 
     def stage(self, id: str, address: str, *, timeout: float) -> None:
         self._run(lambda: self._control.stage(id, address, timeout), timeout)

@@ -51,6 +51,7 @@ _WATCH_SECONDS = 1.0
 T = TypeVar("T")
 Handler = Callable[[Request, Control, bytes], Awaitable[Any]]
 
+Address = Annotated[str, msgspec.Meta(max_length=MAX_JSON_BODY)]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
 DigestText = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=32, max_length=32)]
 
@@ -59,10 +60,11 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
     manifest: dict[str, Any]
     holder: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = "unnamed"
     lease: Lease = 60.0
+    address: Address | None = None
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True):
-    address: Annotated[str, msgspec.Meta(max_length=MAX_JSON_BODY)]
+    address: Address
 
 
 class SealBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -118,10 +120,10 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
 
     @route("POST", "/updates", body=(BeginBody, Manifest), reply=Begun, status=201)
     async def begin(request: Request, control: Control, data: bytes) -> Begun:
-        """Check a manifest and take the engine for one update."""
+        """Check a manifest and take the engine for one update; with an address, begin to stage from it."""
         body = _parsed(data, BeginBody)
         manifest = decode_manifest(body.manifest)
-        return await control.begin(manifest, body.holder, body.lease, _seconds(request))
+        return await control.begin(manifest, body.holder, body.lease, _seconds(request), body.address)
 
     @route("POST", "/updates/{id}/stage", body=StageBody, status=204)
     async def stage(request: Request, control: Control, data: bytes) -> None:
@@ -138,7 +140,7 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
 
     @route("POST", "/updates/{id}/seal", body=SealBody, status=204)
     async def seal(request: Request, control: Control, data: bytes) -> None:
-        """Verify on every rank."""
+        """Verify on every rank, once what it is fetching has arrived."""
         await control.seal(_id(request), _parsed(data, SealBody).digests, _seconds(request))
 
     @route("POST", "/updates/{id}/commit", body=CommitBody, reply=EngineReceipt)

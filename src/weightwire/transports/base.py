@@ -86,6 +86,8 @@ class Transport(Protocol):
     name: str
     bucket_bytes: int
     """How large a bucket suits it best."""
+    address: str | None
+    """What a sender's addresses will be, where that is known before it is made: engines look there from the start."""
 
     def offer(self, host: str) -> AbstractContextManager[str]:
         """An address for an engine on `host` to try, while the context lasts. Entering it raises `TransportError`

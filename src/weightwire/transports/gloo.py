@@ -40,6 +40,7 @@ class Gloo:
 
     name = "gloo"
     bucket_bytes = BUCKET_BYTES
+    address: str | None = None
 
     def __init__(self) -> None:
         self._meeting = Meeting(self.name)

@@ -22,6 +22,7 @@ class Http:
 
     name = "http"
     bucket_bytes = BUCKET_BYTES
+    address: str | None = None
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:

@@ -27,8 +27,9 @@ __all__ = ["Shm", "fetch", "probe"]
 
 ROOT = Path("/dev/shm")
 _PREFIX = "weightwire"
+_ADDRESS = "shm:"
 _LEAST_BUCKET = 256 << 10
-_OVERLAPPING = 16
+_OVERLAPPING = 8
 
 
 class Shm:
@@ -36,6 +37,7 @@ class Shm:
 
     name = "shm"
     bucket_bytes = BUCKET_BYTES
+    address: str | None = _ADDRESS
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
@@ -106,7 +108,7 @@ class _Segment:
 
 class _Sender:
     def __init__(self, root: Path, links: Sequence[Link], nbytes: int, wait: Wait) -> None:
-        self.addresses: list[str | None] = ["shm:"] * len(links)
+        self.addresses: list[str | None] = [_ADDRESS] * len(links)
         self._root = root
         self._links = links
         self._nbytes = nbytes
@@ -158,8 +160,10 @@ def probe(offer: str, root: Path = ROOT) -> str | None:
 
 def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple[int, torch.Tensor]]:
     """Map each bucket in turn as its name appears. The names follow from the update's id, never from `address`."""
-    if address != "shm:":
-        raise UsageError(f"not an address of shared memory: {address[:80]!r}", next_step="It is `shm:` and no more.")
+    if address != _ADDRESS:
+        raise UsageError(
+            f"not an address of shared memory: {address[:80]!r}", next_step=f"It is `{_ADDRESS}` and no more."
+        )
     # The same two segments come again and again; mapping each anew would cost more than reading it.
     mapped: dict[int, torch.Tensor] = {}
     try:

@@ -6,7 +6,7 @@ in manifest order, each piece aligned; a tensor larger than a bucket is split be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from typing import NamedTuple
 
 from weightwire.updates.manifest import Manifest, TensorSpec
@@ -42,7 +42,8 @@ def cut(manifest: Manifest) -> tuple[Bucket, ...]:
     return _cut(manifest.wire, manifest.bucket_bytes)
 
 
-def _cut(tensors: Iterable[TensorSpec], limit: int) -> tuple[Bucket, ...]:
+@functools.lru_cache(maxsize=8)
+def _cut(tensors: tuple[TensorSpec, ...], limit: int) -> tuple[Bucket, ...]:
     buckets: list[Bucket] = []
     pieces: list[Piece] = []
     used = 0

@@ -23,6 +23,7 @@ The mix is the 32-bit finaliser `lowbias32`, and with its further round `triple3
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -41,8 +42,10 @@ __all__ = [
     "all_finite",
     "scan",
     "scan_and_copy",
+    "scan_and_pack",
     "scan_any",
     "scan_box",
+    "scan_joined_any",
     "scan_places",
     "scan_runs",
     "scan_runs_any",
@@ -160,7 +163,7 @@ def scan(elements: torch.Tensor, start: int = 0) -> Scan:
     1
     """
     flat = _run_of(elements)
-    return scan_runs(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
+    return _scan_addresses([(flat.data_ptr(), flat.numel(), start, flat.dtype, 0)])[0]
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
@@ -183,15 +186,29 @@ def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:
     """
     if elements.dtype != to.dtype or elements.numel() != to.numel():
         raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
-    if (elements.data_ptr() - to.data_ptr()) % 4:  # words of one straddle words of the other
-        to.copy_(elements)
-        return scan(elements, start)
-    memory, target = (t.detach().as_strided((t.numel(),), (1,)).view(torch.uint8).numpy() for t in (elements, to))
-    size = elements.element_size()
-    low, high, nonfinite = _sum_rows(
-        memory, target, elements.data_ptr(), 1, memory.size, memory.size, start * size, 0, *_exponents(elements.dtype)
-    )
-    return Scan(Digest(int(low), int(high)), int(nonfinite))
+    return _scan_addresses([(elements.data_ptr(), elements.numel(), start, elements.dtype, to.data_ptr())])[0]
+
+
+def scan_and_pack(runs: Sequence[tuple[torch.Tensor, int, int, int]], to: torch.Tensor) -> list[Scan]:
+    """Runs of elements out of many tensors, copied into one piece of memory and scanned, by one call and in one pass.
+
+    `runs`: a contiguous tensor on the CPU, the row-major index of the first element, their number, and the byte of `to`
+    (1-D, uint8, on the CPU) to which they go.
+
+    >>> to = torch.zeros(12, dtype=torch.uint8)
+    >>> scan_and_pack([(torch.arange(6.0), 2, 2, 4)], to) == [scan(torch.tensor([2.0, 3.0]), start=2)]
+    True
+    >>> to.view(torch.float32)
+    tensor([0., 2., 3.])
+    """
+    base = to.data_ptr()
+    lines = []
+    for tensor, start, count, at in runs:
+        size = tensor.element_size()
+        if not (0 <= start <= start + count <= tensor.numel() and 0 <= at <= at + count * size <= to.numel()):
+            raise ValueError(f"{count} elements from {start} of {tensor.numel()}, to byte {at} of {to.numel()}")
+        lines.append((tensor.data_ptr() + start * size, count, start, tensor.dtype, base + at))
+    return _scan_addresses(lines)
 
 
 def scan_any(elements: torch.Tensor, start: int = 0) -> Scan | Pending:
@@ -222,6 +239,20 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
     ]
 
 
+def scan_joined_any(tensors: Sequence[torch.Tensor]) -> Scan | Pending:
+    """`scan_any` of what many tensors of one dtype hold, as if they lay end to end.
+
+    >>> scan_joined_any([torch.ones(2, 2), torch.zeros(3)]) == scan(torch.tensor([1.0, 1, 1, 1, 0, 0, 0]))
+    True
+    """
+    if any(tensor.device.type == "cuda" for tensor in tensors):
+        return scan_any(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+    flat = [_run_of(tensor) for tensor in tensors]
+    starts = itertools.accumulate((run.numel() for run in flat), initial=0)
+    lines = [(run.data_ptr(), run.numel(), start, run.dtype, 0) for run, start in zip(flat, starts, strict=False)]
+    return sum(_scan_addresses(lines), _NOTHING)
+
+
 def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | None = None) -> list[Scan | Pending]:
     """`scan_any` of each of many contiguous tensors; of those on a GPU by one launch on the current stream of `device`,
     which is theirs or another that can reach them.
@@ -230,7 +261,8 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | Non
     True
     """
     if any(tensor.device.type != "cuda" for tensor in tensors):
-        return [scan(tensor) for tensor in tensors]
+        flat = [_run_of(tensor) for tensor in tensors]
+        return [*_scan_addresses([(run.data_ptr(), run.numel(), 0, run.dtype, 0) for run in flat])]
     from weightwire.updates import digest_cuda
 
     runs = [(tensor.data_ptr(), 0, tensor.numel(), tensor.dtype) for tensor in tensors]
@@ -252,13 +284,24 @@ def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtyp
     >>> scan_runs(data, [(8, 4, 2, torch.float32)]) == [scan(torch.arange(2.0, 6.0), start=2)]
     True
     """
-    if not runs:
+    base, end = data.data_ptr(), data.numel()
+    if any(not 0 <= at <= at + count * dtype.itemsize <= end for at, count, _, dtype in runs):
+        raise ValueError(f"a run goes beyond its {end} bytes")
+    return _scan_addresses([(base + at, count, start, dtype, 0) for at, count, start, dtype in runs])
+
+
+def _scan_addresses(lines: Sequence[tuple[int, int, int, torch.dtype, int]]) -> list[Scan]:
+    """Each line: the address of a run, its number of elements, the index of the first one, its dtype, and the address
+    to which it is copied, or 0. Whoever calls this holds the memory and has looked at the bounds."""
+    if not lines:
         return []
-    sizes = [dtype.itemsize for *_, dtype in runs]
-    places = [(at, count * size, start * size) for (at, count, start, _), size in zip(runs, sizes, strict=True)]
-    facts = [_exponents(dtype) for *_, dtype in runs]
-    sums = _sum_runs(data.numpy(), data.data_ptr(), np.array(places, np.int64), np.array(facts, np.int64))
-    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in sums.tolist()]
+    table = np.array([_line(*line) for line in lines], np.int64)
+    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in _sum_runs(table).tolist()]
+
+
+def _line(address: int, count: int, start: int, dtype: torch.dtype, to: int) -> tuple[int, ...]:
+    size = dtype.itemsize
+    return address, count * size, start * size, to, *word_facts(dtype)
 
 
 def scan_places(elements: torch.Tensor, indices: torch.Tensor, start: int = 0) -> Scan:
@@ -465,14 +508,29 @@ def _sum_rows(
     return low, high, nonfinite
 
 
+@numba.extending.intrinsic  # type: ignore[untyped-decorator]
+def _bytes_at(typing: Any, address: Any) -> Any:
+    # What `carray` makes an array of. An address for each of hundreds of tensors costs less than an array of each.
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return numba.types.CPointer(numba.types.uint8)(address), generate
+
+
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _sum_runs(memory: Any, address: Any, places: Any, facts: Any) -> Any:
-    sums = np.empty((places.shape[0], 3), np.uint64)
-    for i in range(places.shape[0]):
-        at, width = places[i, 0], places[i, 1]
+def _sum_runs(lines: Any) -> Any:
+    sums = np.empty((lines.shape[0], 3), np.uint64)
+    for i in range(lines.shape[0]):
+        address, width, start, to = lines[i, 0], lines[i, 1], lines[i, 2], lines[i, 3]
+        memory = numba.carray(_bytes_at(address), width)
+        copied = numba.carray(_bytes_at(to), width if to else 0)
+        if to and (address - to) & 3:
+            # Words of one straddle words of the other.
+            copied[:] = memory
+            copied = copied[:0]
         low, high, nonfinite = _sum_rows(
-            memory[at : at + width], memory[:0], address + at, 1, width, width, places[i, 2], 0,
-            np.uint32(facts[i, 0]), np.uint32(facts[i, 1]), facts[i, 2],
+            memory, copied, address, 1, width, width, start, 0,
+            np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
         )  # fmt: skip
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
     return sums

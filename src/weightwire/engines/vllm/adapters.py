@@ -26,7 +26,7 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
-from weightwire.updates.digest import Scan, all_finite, scan_any, settle
+from weightwire.updates.digest import Scan, all_finite, scan_joined_any, settle
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
@@ -202,8 +202,8 @@ class _Binding:
             raise ManifestError("the adapter binds to no module of this engine")
 
     def read_back(self, slot: int, loras: dict[str, Any]) -> tuple[dict[str, Proof], str]:
-        """How each live module was shown to hold in `slot` what it should, and one digest of what they all hold. Laid
-        end to end: to compare hundreds of small matrices one by one takes longer than to copy them."""
+        """How each live module was shown to hold in `slot` what it should, and one digest of what they all hold. By two
+        calls: to compare hundreds of small matrices one by one takes longer than to read them."""
         proof: dict[str, Proof] = {}
         places: list[torch.Tensor] = []
         filled: list[torch.Tensor] = []
@@ -215,15 +215,14 @@ class _Binding:
             if parts is not None:
                 places += found
                 filled += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
-        live = _end_to_end(places)
-        digest, expected = settle([scan_any(live), scan_any(_end_to_end(filled))])
+        digest, expected = settle([scan_joined_any(places), scan_joined_any(filled)])
         if digest != expected:
             raise VerificationError(
                 f"{self._differing(slot, loras)} was read back and does not hold the adapter that was sent"
             )
         # Without what fills a slot up, and with what could not be compared.
-        alike = len(held) == len(places) and live.numel() == sum(part.numel() for part in held)
-        return proof, (digest if alike else settle([scan_any(_end_to_end(held))])[0]).digest.hex()
+        alike = len(held) == len(places) and _numel(places) == _numel(held)
+        return proof, (digest if alike else settle([scan_joined_any(held)])[0]).digest.hex()
 
     def _differing(self, slot: int, loras: dict[str, Any]) -> str:
         for name, module in self.modules.items():
@@ -364,8 +363,8 @@ def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
     return whole
 
 
-def _end_to_end(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]) if tensors else torch.empty(0)
+def _numel(tensors: Sequence[torch.Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _on_host(tensors: dict[K, torch.Tensor], flat: Sequence[torch.Tensor]) -> dict[K, torch.Tensor]:
