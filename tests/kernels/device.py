@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device(
 
 @contextlib.contextmanager
 def few_rows():
-    """Tiles of two rows in the interpreter, which takes some 10 ms for each row of a tile, also if it is not there."""
+    """Tiles of two rows in the interpreter, which takes some 5 ms for each row of a tile, also if it is not there."""
     with pytest.MonkeyPatch.context() as patch:
         if DEVICE.type == "cpu":
             for module in (tiles, digest_cuda, batched_copy):

@@ -1,6 +1,5 @@
 """The digest's kernel against the digest on the CPU, element for element."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -42,7 +41,7 @@ def test_a_run_anywhere_in_memory_has_the_digest_of_the_cpu(name, count, start, 
 
 @settings(max_examples=20, deadline=None)
 @given(
-    shape=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    shape=st.lists(st.integers(1, 9), min_size=1, max_size=3),
     cuts=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=3, max_size=3),
     name=st.sampled_from(["bfloat16", "float32", "uint8"]),
 )
@@ -64,17 +63,20 @@ def test_lines_of_every_kind_share_a_launch():
     ]
     tensors.append(torch.tensor([float("nan"), 1.0, float("inf")], device=DEVICE))
     lines = [digest_cuda.line_of(t.data_ptr(), 0, t.numel(), t.dtype) for t in tensors]
-    assert scans(lines) == [scan(tensor.cpu()) for tensor in tensors]
-    assert scans(lines)[-1].nonfinite == 2
+    found = scans(lines)
+    assert found == [scan(tensor.cpu()) for tensor in tensors]
+    assert found[-1].nonfinite == 2
 
 
-@pytest.mark.parametrize("place", [0, 1, 5000, 70_000])
-def test_a_flipped_bit_shows(place):
-    data = random_bytes(140_002, 1).view(torch.bfloat16)
+def test_a_flipped_bit_shows():
+    data = random_bytes(34_002, 1).view(torch.bfloat16)  # of two tiles
     line = digest_cuda.line_of(data.data_ptr(), 0, data.numel(), data.dtype)
     before = scans([line])
-    data.view(torch.uint8)[2 * place] ^= 1
-    assert scans([line]) != before
+    for place in (0, 1, 5000, 17_000):
+        data.view(torch.uint8)[2 * place] ^= 1
+        assert scans([line]) != before
+        data.view(torch.uint8)[2 * place] ^= 1
+    assert before == [scan(data.cpu())]
 
 
 def test_a_box_of_more_rows_than_a_tile():
