@@ -3,6 +3,18 @@ from pathlib import Path
 
 import pytest
 
+# What DeepSpeed imports at its first use too, which would be in each rank.
+DEEPSPEED = (
+    "accelerate",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "peft",
+    "transformers.models.qwen3.modeling_qwen3",
+    "weightwire.sources.deepspeed",
+)
+
 
 @pytest.fixture(scope="session")
 def new_lab():
@@ -21,3 +33,8 @@ def new_lab():
 @pytest.fixture(scope="session")
 def lab(new_lab):
     yield from new_lab()
+
+
+@pytest.fixture(scope="session")
+def deepspeed_lab(new_lab):
+    yield from new_lab(*DEEPSPEED)

@@ -4,6 +4,7 @@ Run as a script it is a server: it imports torch once and forks ranks for each j
 Every job has a deadline, after which what is left of it is killed.
 """
 
+import gc
 import importlib
 import importlib.util
 import json
@@ -71,6 +72,8 @@ def _import_once(modules):
         "support.ranks",
         "torch.distributed.fsdp",
         "torch.distributed.tensor.parallel",
+        "weightwire.engines.transformers",
+        "weightwire.publisher",
         "weightwire.sources.fsdp",
     )
     # torch imports the last only when it first needs it, which would be in every rank.
@@ -82,6 +85,14 @@ def _import_once(modules):
 
     # Compiles it.
     scan(torch.ones(1))
+    if "deepspeed" in sys.modules:
+        # It finds out what it could compile, which takes a while; and this it would compile, and gloo does without.
+        sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # torch.compile's table of all of torch, which takes a second.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    # Else each rank's garbage collector looks through all that, and copies its pages.
+    gc.collect()
+    gc.freeze()
 
 
 def _run(job):

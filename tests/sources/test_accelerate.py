@@ -15,11 +15,6 @@ SOON = 20.0
 TOKENS = torch.tensor([[1, 2, 3]])
 
 
-@pytest.fixture(scope="module")
-def lab(new_lab):
-    yield from new_lab("accelerate", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
-
-
 def model_and_optimizer():
     torch.manual_seed(0)
     model = Model()
@@ -61,8 +56,8 @@ def in_one_process(*_):
     equal(after, model.state_dict())
 
 
-def test_a_compiled_model_of_one_process(lab):
-    lab(in_one_process, 1, seconds=120.0)
+def test_a_compiled_model_of_one_process(deepspeed_lab):
+    deepspeed_lab(in_one_process, 1, seconds=120.0)
 
 
 def replicated(_, size):
@@ -84,8 +79,8 @@ def replicated(_, size):
     default_group_works(size)
 
 
-def test_a_model_that_ddp_replicates_over_two_processes(lab):
-    lab(replicated, 2, seconds=120.0)
+def test_a_model_that_ddp_replicates_over_two_processes(deepspeed_lab):
+    deepspeed_lab(replicated, 2, seconds=120.0)
 
 
 def with_deepspeed(_, size):
@@ -93,8 +88,6 @@ def with_deepspeed(_, size):
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
 
-    # An operator that it would compile here, and that gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     model, optimizer = model_and_optimizer()
     config = {
@@ -120,8 +113,8 @@ def with_deepspeed(_, size):
     default_group_works(size)
 
 
-def test_a_model_that_deepspeed_cuts_over_two_processes(lab):
-    lab(with_deepspeed, 2, seconds=120.0)
+def test_a_model_that_deepspeed_cuts_over_two_processes(deepspeed_lab):
+    deepspeed_lab(with_deepspeed, 2, seconds=120.0)
 
 
 def first_fsdp(_, size):
@@ -133,5 +126,5 @@ def first_fsdp(_, size):
     default_group_works(size)
 
 
-def test_the_first_fsdp_is_refused_before_it_could_wait_for_other_ranks(lab):
-    lab(first_fsdp, 2, seconds=120.0)
+def test_the_first_fsdp_is_refused_before_it_could_wait_for_other_ranks(deepspeed_lab):
+    deepspeed_lab(first_fsdp, 2, seconds=120.0)

@@ -21,12 +21,6 @@ SLOW = 120.0
 TOKENS = torch.tensor([[1, 2, 3, 4, 5]])
 
 
-@pytest.fixture(scope="module")
-def lab(new_lab):
-    # DeepSpeed's optimisers import torch._inductor, in each rank if not here.
-    yield from new_lab("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.qwen3", "peft")
-
-
 # -- on every rank -----------------------------------------------------------------------------------------------------
 
 
@@ -34,8 +28,6 @@ def zero(model, stage, size, *, rate=0.01, **settings):
     """What `deepspeed.initialize` makes of a model, on gloo."""
     import deepspeed
 
-    # An operator that it would compile here, and that gloo does without.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     config = {
@@ -100,12 +92,12 @@ def reads(_, size, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_reads_as_the_full_model_before_and_after_a_step(lab, stage):
-    lab(reads, 2, stage=stage, seconds=120.0)
+def test_every_stage_reads_as_the_full_model_before_and_after_a_step(deepspeed_lab, stage):
+    deepspeed_lab(reads, 2, stage=stage, seconds=120.0)
 
 
-def test_zero_3_on_more_ranks_than_some_parameters_have_elements(lab):
-    lab(reads, 3, stage=3, seconds=120.0)
+def test_zero_3_on_more_ranks_than_some_parameters_have_elements(deepspeed_lab):
+    deepspeed_lab(reads, 3, stage=3, seconds=120.0)
 
 
 def changed_while_gathered(rank, size):
@@ -130,8 +122,8 @@ def changed_while_gathered(rank, size):
     reads_like(source, full_state(engine))
 
 
-def test_a_parameter_that_was_changed_while_it_is_gathered_is_read_as_it_is_now(lab):
-    lab(changed_while_gathered, 2, seconds=120.0)
+def test_a_parameter_that_was_changed_while_it_is_gathered_is_read_as_it_is_now(deepspeed_lab):
+    deepspeed_lab(changed_while_gathered, 2, seconds=120.0)
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -177,14 +169,14 @@ def publishes_deltas(rank, size, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_each_rank_of_zero_3_encodes_its_own_partitions(lab, stage):
-    lab(publishes_deltas, 2, stage=stage, seconds=2 * SLOW)
+def test_each_rank_of_zero_3_encodes_its_own_partitions(deepspeed_lab, stage):
+    deepspeed_lab(publishes_deltas, 2, stage=stage, seconds=2 * SLOW)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_serves_what_each_step_made_bit_for_bit(lab, stage, dtype):
-    lab(publishes, 2, stage=stage, dtype=dtype, seconds=120.0)
+def test_an_engine_serves_what_each_step_made_bit_for_bit(deepspeed_lab, stage, dtype):
+    deepspeed_lab(publishes, 2, stage=stage, dtype=dtype, seconds=120.0)
 
 
 def adapts(rank, size, stage):
@@ -218,8 +210,8 @@ def adapts(rank, size, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_an_adapter_is_published_without_its_base(lab, stage):
-    lab(adapts, 2, stage=stage, seconds=120.0)
+def test_an_adapter_is_published_without_its_base(deepspeed_lab, stage):
+    deepspeed_lab(adapts, 2, stage=stage, seconds=120.0)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -258,8 +250,8 @@ def refused(rank, size):
     reads_like(source, full_state(engine))
 
 
-def test_what_cannot_be_read_exactly_is_refused_by_name_on_all_ranks(lab):
-    lab(refused, 2, seconds=120.0)
+def test_what_cannot_be_read_exactly_is_refused_by_name_on_all_ranks(deepspeed_lab):
+    deepspeed_lab(refused, 2, seconds=120.0)
 
 
 class Broken:
@@ -298,8 +290,8 @@ def breaks(rank, size):
     default_group_works(size)
 
 
-def test_a_rank_that_cannot_read_is_an_error_on_all_and_the_next_publish_is_whole(lab):
-    lab(breaks, 2, seconds=120.0)
+def test_a_rank_that_cannot_read_is_an_error_on_all_and_the_next_publish_is_whole(deepspeed_lab):
+    deepspeed_lab(breaks, 2, seconds=120.0)
 
 
 def dies(rank, size):
@@ -319,8 +311,8 @@ def dies(rank, size):
         assert served.status().state == "idle"
 
 
-def test_a_rank_killed_in_the_middle_of_a_publish_is_an_error_and_the_old_version_serves(lab):
-    lab(dies, 2, dies={1}, seconds=120.0)
+def test_a_rank_killed_in_the_middle_of_a_publish_is_an_error_and_the_old_version_serves(deepspeed_lab):
+    deepspeed_lab(dies, 2, dies={1}, seconds=120.0)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -329,7 +321,6 @@ def test_a_rank_killed_in_the_middle_of_a_publish_is_an_error_and_the_old_versio
 def frugal(rank, size):
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     module = torch.nn.Module()
     # 200 MB, in parameters of which each is larger than many buckets.
@@ -350,5 +341,5 @@ def frugal(rank, size):
     reads_frugally(source, rank, check)
 
 
-def test_no_rank_grows_by_more_than_a_few_buckets(lab):
-    lab(frugal, 2, seconds=120.0)
+def test_no_rank_grows_by_more_than_a_few_buckets(deepspeed_lab):
+    deepspeed_lab(frugal, 2, seconds=120.0)
