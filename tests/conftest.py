@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _lab(item: pytest.Item) -> str | None:
-    return next((name for name in getattr(item, "fixturenames", ()) if name in ("lab", "deepspeed_lab")), None)
+    return next((name for name in getattr(item, "fixturenames", ()) if name in ("lab", "trainer_lab")), None)
 
 
 @pytest.fixture

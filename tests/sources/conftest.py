@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-# What DeepSpeed imports at its first use too, which would be in each rank.
-DEEPSPEED = (
+# What trainers are made of, and what DeepSpeed imports at its first use only, which would be in each rank.
+TRAINERS = (
     "accelerate",
     "deepspeed.comm.mori",
     "deepspeed.module_inject.auto_ep_layer",
@@ -36,5 +36,5 @@ def lab(new_lab):
 
 
 @pytest.fixture(scope="session")
-def deepspeed_lab(new_lab):
-    yield from new_lab(*DEEPSPEED)
+def trainer_lab(new_lab):
+    yield from new_lab(*TRAINERS)

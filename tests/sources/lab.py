@@ -81,10 +81,13 @@ def _import_once(modules):
         importlib.import_module(name)
     import torch
 
-    from weightwire.updates.digest import scan
+    from weightwire.updates.delta import DELTA_DTYPES, decode, encode, parse
 
-    # Compiles it.
-    scan(torch.ones(1))
+    # Compiles them, and the digest.
+    for dtype in DELTA_DTYPES:
+        old, new = torch.zeros(2, 2, dtype=dtype)
+        new[1] = 1
+        decode("w", parse("w", encode("w", old, new).data), old).apply(old)
     if "deepspeed" in sys.modules:
         # It finds out what it could compile, which takes a while; and this it would compile, and gloo does without.
         sys.modules["deepspeed"].ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -56,8 +56,8 @@ def in_one_process(*_):
     equal(after, model.state_dict())
 
 
-def test_a_compiled_model_of_one_process(deepspeed_lab):
-    deepspeed_lab(in_one_process, 1, seconds=120.0)
+def test_a_compiled_model_of_one_process(trainer_lab):
+    trainer_lab(in_one_process, 1, seconds=120.0)
 
 
 def replicated(_, size):
@@ -79,8 +79,8 @@ def replicated(_, size):
     default_group_works(size)
 
 
-def test_a_model_that_ddp_replicates_over_two_processes(deepspeed_lab):
-    deepspeed_lab(replicated, 2, seconds=120.0)
+def test_a_model_that_ddp_replicates_over_two_processes(trainer_lab):
+    trainer_lab(replicated, 2, seconds=120.0)
 
 
 def with_deepspeed(_, size):
@@ -113,8 +113,8 @@ def with_deepspeed(_, size):
     default_group_works(size)
 
 
-def test_a_model_that_deepspeed_cuts_over_two_processes(deepspeed_lab):
-    deepspeed_lab(with_deepspeed, 2, seconds=120.0)
+def test_a_model_that_deepspeed_cuts_over_two_processes(trainer_lab):
+    trainer_lab(with_deepspeed, 2, seconds=120.0)
 
 
 def first_fsdp(_, size):
@@ -126,5 +126,5 @@ def first_fsdp(_, size):
     default_group_works(size)
 
 
-def test_the_first_fsdp_is_refused_before_it_could_wait_for_other_ranks(deepspeed_lab):
-    deepspeed_lab(first_fsdp, 2, seconds=120.0)
+def test_the_first_fsdp_is_refused_before_it_could_wait_for_other_ranks(trainer_lab):
+    trainer_lab(first_fsdp, 2, seconds=120.0)

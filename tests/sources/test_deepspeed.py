@@ -92,12 +92,12 @@ def reads(_, size, stage):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_reads_as_the_full_model_before_and_after_a_step(deepspeed_lab, stage):
-    deepspeed_lab(reads, 2, stage=stage, seconds=120.0)
+def test_every_stage_reads_as_the_full_model_before_and_after_a_step(trainer_lab, stage):
+    trainer_lab(reads, 2, stage=stage, seconds=120.0)
 
 
-def test_zero_3_on_more_ranks_than_some_parameters_have_elements(deepspeed_lab):
-    deepspeed_lab(reads, 3, stage=3, seconds=120.0)
+def test_zero_3_on_more_ranks_than_some_parameters_have_elements(trainer_lab):
+    trainer_lab(reads, 3, stage=3, seconds=120.0)
 
 
 def changed_while_gathered(rank, size):
@@ -122,8 +122,8 @@ def changed_while_gathered(rank, size):
     reads_like(source, full_state(engine))
 
 
-def test_a_parameter_that_was_changed_while_it_is_gathered_is_read_as_it_is_now(deepspeed_lab):
-    deepspeed_lab(changed_while_gathered, 2, seconds=120.0)
+def test_a_parameter_that_was_changed_while_it_is_gathered_is_read_as_it_is_now(trainer_lab):
+    trainer_lab(changed_while_gathered, 2, seconds=120.0)
 
 
 # -- publishing --------------------------------------------------------------------------------------------------------
@@ -169,14 +169,14 @@ def publishes_deltas(rank, size, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_each_rank_of_zero_3_encodes_its_own_partitions(deepspeed_lab, stage):
-    deepspeed_lab(publishes_deltas, 2, stage=stage, seconds=2 * SLOW)
+def test_each_rank_of_zero_3_encodes_its_own_partitions(trainer_lab, stage):
+    trainer_lab(publishes_deltas, 2, stage=stage, seconds=2 * SLOW)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_serves_what_each_step_made_bit_for_bit(deepspeed_lab, stage, dtype):
-    deepspeed_lab(publishes, 2, stage=stage, dtype=dtype, seconds=120.0)
+def test_an_engine_serves_what_each_step_made_bit_for_bit(trainer_lab, stage, dtype):
+    trainer_lab(publishes, 2, stage=stage, dtype=dtype, seconds=120.0)
 
 
 def adapts(rank, size, stage):
@@ -210,8 +210,8 @@ def adapts(rank, size, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_an_adapter_is_published_without_its_base(deepspeed_lab, stage):
-    deepspeed_lab(adapts, 2, stage=stage, seconds=120.0)
+def test_an_adapter_is_published_without_its_base(trainer_lab, stage):
+    trainer_lab(adapts, 2, stage=stage, seconds=120.0)
 
 
 # -- failures ----------------------------------------------------------------------------------------------------------
@@ -250,8 +250,8 @@ def refused(rank, size):
     reads_like(source, full_state(engine))
 
 
-def test_what_cannot_be_read_exactly_is_refused_by_name_on_all_ranks(deepspeed_lab):
-    deepspeed_lab(refused, 2, seconds=120.0)
+def test_what_cannot_be_read_exactly_is_refused_by_name_on_all_ranks(trainer_lab):
+    trainer_lab(refused, 2, seconds=120.0)
 
 
 class Broken:
@@ -290,8 +290,8 @@ def breaks(rank, size):
     default_group_works(size)
 
 
-def test_a_rank_that_cannot_read_is_an_error_on_all_and_the_next_publish_is_whole(deepspeed_lab):
-    deepspeed_lab(breaks, 2, seconds=120.0)
+def test_a_rank_that_cannot_read_is_an_error_on_all_and_the_next_publish_is_whole(trainer_lab):
+    trainer_lab(breaks, 2, seconds=120.0)
 
 
 def dies(rank, size):
@@ -311,8 +311,8 @@ def dies(rank, size):
         assert served.status().state == "idle"
 
 
-def test_a_rank_killed_in_the_middle_of_a_publish_is_an_error_and_the_old_version_serves(deepspeed_lab):
-    deepspeed_lab(dies, 2, dies={1}, seconds=120.0)
+def test_a_rank_killed_in_the_middle_of_a_publish_is_an_error_and_the_old_version_serves(trainer_lab):
+    trainer_lab(dies, 2, dies={1}, seconds=120.0)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -341,5 +341,5 @@ def frugal(rank, size):
     reads_frugally(source, rank, check)
 
 
-def test_no_rank_grows_by_more_than_a_few_buckets(deepspeed_lab):
-    deepspeed_lab(frugal, 2, seconds=120.0)
+def test_no_rank_grows_by_more_than_a_few_buckets(trainer_lab):
+    trainer_lab(frugal, 2, seconds=120.0)
