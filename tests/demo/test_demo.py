@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from weightwire.cli.main import main
-from weightwire.demo import prove
+from weightwire.demo import prove, task
 from weightwire.demo.local import LocalPolicy
 from weightwire.demo.serving import Weights
 
@@ -71,6 +71,7 @@ def test_an_engine_with_other_weights_fails_the_proof(mode, tmp_path, scratch, s
         return LocalPolicy(mode, Weights(checkpoint=weights.checkpoint.parent / "version-0"))
 
     monkeypatch.setattr(prove, "fresh", stale)
+    monkeypatch.setattr(task, "PROMPTS", task.PROMPTS[:3])
 
     assert demo(tmp_path / "report.html", "--steps", "3", "--mode", mode) == 1
 

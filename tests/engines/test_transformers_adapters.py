@@ -71,7 +71,7 @@ def parts(folder: Path) -> tuple[dict[str, torch.Tensor], str]:
 def outputs(model: Any, ids: torch.Tensor = IDS) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         logits = model(input_ids=ids).logits
-    return logits, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    return logits, model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
 
 
 def equal(found: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> bool:
