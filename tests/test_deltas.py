@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import weightwire as ww
 from support import same, snapshot, tiny
+from support.cases import cases
 from support.server import serve
 from weightwire.baseline import Baseline
 from weightwire.engines.control import Control
@@ -150,7 +151,7 @@ def test_without_a_baseline_everything_is_sent(engine_of: Any) -> None:
             publisher.publish(3, kind="delta")
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=cases(25), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(st.tuples(st.sampled_from(["auto", "dense", "delta"]), st.integers(0, 999)), max_size=6))
 def test_any_mix_of_updates_leaves_engine_and_trainer_equal(engine_of: Any, steps: list[tuple[Any, int]]) -> None:
     engine = engine_of(width=8)

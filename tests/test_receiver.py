@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from support.cases import cases
 from weightwire.errors import (
     BusyError,
     EngineError,
@@ -453,7 +454,7 @@ class Updates(RuleBasedStateMachine):
         return any(staging._fails == "commit" for staging in self.target.stagings)
 
 
-Updates.TestCase.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+Updates.TestCase.settings = settings(max_examples=cases(120), stateful_step_count=40, deadline=None)
 test_calls_in_any_order = Updates.TestCase
 
 
@@ -472,7 +473,7 @@ def sealed(receiver: Receiver, version: int, *, id: str = "u", seed: int | None 
 
 
 @given(op=st.sampled_from(CALLS) | st.text(), arguments=st.binary(), body=st.none() | st.binary())
-@settings(max_examples=500)
+@settings(max_examples=cases(500))
 def test_random_bytes_are_answered_and_never_raised(op: str, arguments: bytes, body: bytes | None) -> None:
     target = FakeTarget()
     answer = msgspec.msgpack.decode(make(target).handle(op, arguments, body))
@@ -500,7 +501,7 @@ names = st.sampled_from(
         st.tuples(st.sampled_from(CALLS), st.dictionaries(names, plain | st.just("u"), max_size=4)), max_size=6
     )
 )
-@settings(max_examples=200)
+@settings(max_examples=cases(200))
 def test_arguments_of_any_type_are_answered_and_never_raised(calls: list[tuple[str, dict[str, Any]]]) -> None:
     target = FakeTarget()
     receiver = make(target)

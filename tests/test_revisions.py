@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from support.cases import cases
 from weightwire.errors import AdapterNotFound, StateError, VersionError
 from weightwire.revisions import Revision, Revisions
 
@@ -154,5 +155,5 @@ class Clients(RuleBasedStateMachine):
         assert self.all - self.freed == set(self.revisions.listed())
 
 
-Clients.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+Clients.TestCase.settings = settings(max_examples=cases(200), stateful_step_count=40, deadline=None)
 TestClients = Clients.TestCase

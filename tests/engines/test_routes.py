@@ -21,6 +21,7 @@ from hypothesis import given, settings
 
 import weightwire as ww
 from support import Server, same, serve, snapshot, tiny, weights_for
+from support.cases import cases
 from weightwire.engines import routes
 from weightwire.sources import find
 from weightwire.updates.buckets import cut
@@ -327,7 +328,7 @@ def is_refused(here: Here, body: Any, path: str = "/updates") -> None:
 
 
 def test_any_json_is_refused(shared: Here) -> None:
-    @settings(max_examples=400)
+    @settings(max_examples=cases(400))
     @given(junk | st.fixed_dictionaries({"manifest": junk}, optional={"holder": junk, "lease": junk}))
     def check(body: Any) -> None:
         is_refused(shared, body)
@@ -337,7 +338,7 @@ def test_any_json_is_refused(shared: Here) -> None:
 
 
 def test_a_manifest_with_anything_changed_is_refused_or_right(shared: Here) -> None:
-    @settings(max_examples=700)
+    @settings(max_examples=cases(700))
     @given(mutated(shared.plain()))
     def check(body: Any) -> None:
         is_refused(shared, body)
@@ -351,7 +352,7 @@ def test_any_bytes_are_refused(shared: Here) -> None:
     cut_off = st.integers(0, len(valid) - 1).map(lambda n: valid[:n])
     spliced = st.builds(lambda n, b: valid[:n] + b + valid[n + len(b) :], st.integers(0, len(valid)), st.binary())
 
-    @settings(max_examples=400)
+    @settings(max_examples=cases(400))
     @given(st.binary() | st.binary(min_size=500, max_size=5000) | cut_off | spliced)
     def check(body: bytes) -> None:
         is_refused(shared, body)
@@ -428,7 +429,7 @@ def test_thousands_of_unknown_tensors_are_refused_briefly(shared: Here) -> None:
 
 
 @given(id=st.text(min_size=1, max_size=40) | st.text("0123456789abcdef", min_size=32, max_size=32))
-@settings(max_examples=150)
+@settings(max_examples=cases(150))
 def test_an_id_of_nobody_is_not_found(id: str) -> None:
     path = quote(id, safe="", errors="surrogatepass")
     for method, call in UPDATE_CALLS:
@@ -461,7 +462,7 @@ def test_any_body_of_any_other_call_is_refused(shared: Here, call: str) -> None:
     id = shared.begin()
     valid = {"stage": {"address": "x:"}, "seal": {"digests": ["0" * 32] * 4}, "commit": {"pause": "keep"}}[call]
 
-    @settings(max_examples=150)
+    @settings(max_examples=cases(150))
     @given(junk | mutated(valid) | st.binary())
     def check(body: Any) -> None:
         status, answer = shared.client.call("POST", f"/updates/{id}/{call}", body)
@@ -596,7 +597,7 @@ def test_what_the_description_allows_is_never_a_server_error(shared: Here) -> No
     for operation in schema.get_all_operations():
         strategy = operation.ok().as_strategy()
 
-        @settings(max_examples=20)
+        @settings(max_examples=cases(20))
         @given(strategy)
         def check(case: Any) -> None:
             case.call(base_url=shared.server.url, headers={routes.TOKEN_HEADER: TOKEN})

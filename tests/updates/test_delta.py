@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import delta_reference as reference
+from support.cases import cases
 from weightwire.errors import ShapeMismatch, UsageError, VerificationError, VersionError
 from weightwire.updates import delta as delta_module
 from weightwire.updates import rice
@@ -30,7 +31,7 @@ DTYPES = list(DELTA_DTYPES)
 WIDTH = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 32}
 MANTISSA = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23}
 # 10,000 cases of each of the two properties marked so are run by WEIGHTWIRE_DELTA_CASES=10000.
-CASES = int(os.environ.get("WEIGHTWIRE_DELTA_CASES", "400"))
+CASES = cases(int(os.environ.get("WEIGHTWIRE_DELTA_CASES", "400")))
 HEADER, TRAILER = 80, 16
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.cases import cases
 from weightwire.updates.boxes import Box
 from weightwire.updates.digest import NO_DIGEST, Digest, Scan, all_finite, scan, scan_and_copy, scan_box, scan_places
 from weightwire.updates.manifest import DTYPES
@@ -64,7 +65,7 @@ starts = st.integers(0, 1 << 20) | st.integers((1 << 48) - 100, 1 << 48)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30)
+@settings(max_examples=cases(30))
 @given(raws, starts)
 def test_a_digest_is_the_documented_sum(name, raw, start):
     tensor = tensor_of(raw, name)
@@ -213,7 +214,7 @@ def test_elements_one_place_off_have_another_digest(name, raw, start):
 
 
 @pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
-@settings(max_examples=20)
+@settings(max_examples=cases(20))
 @given(st.sets(st.integers(0, 15), min_size=1))
 def test_flipped_signs_do_not_cancel(name, places):
     tensor = random_tensor(name, 16).nan_to_num()
@@ -243,7 +244,7 @@ def really_nonfinite(tensor):
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@settings(max_examples=40)
+@settings(max_examples=cases(40))
 @given(st.data())
 def test_nan_and_inf_are_counted(name, data):
     size = DTYPES[name]
@@ -302,7 +303,7 @@ def test_only_its_like_is_added(whole):
 
 
 @given(raw=st.binary(max_size=9000), name=st.sampled_from(NAMES), skip=st.integers(0, 3), start=st.integers(0, 9))
-@settings(max_examples=100)
+@settings(max_examples=cases(100))
 def test_scanned_and_copied_in_one_pass(raw, name, skip, start):
     elements = tensor_of(raw, name)[skip:]
     around = torch.full((elements.numel() + 2,), 1, dtype=elements.dtype)
@@ -329,7 +330,7 @@ def test_all_finite_finds_one_that_is_not(name, value, place):
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=30)
+@settings(max_examples=cases(30))
 @given(raws, starts, st.data())
 def test_scattered_elements_add_up_to_the_whole(name, raw, start, data):
     tensor = tensor_of(raw, name)
