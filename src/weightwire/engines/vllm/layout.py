@@ -10,12 +10,13 @@ Whatever is neither is refused by name: an update that would not be exact must n
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from weightwire.engines.vllm.spare import is_alone
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.updates.digest import Scan, all_finite, scan
 from weightwire.updates.receipt import Proof
@@ -78,7 +79,8 @@ class Slot:
         `proof` must find in the parameters in `expected` will be said with `expect`; that of others is read here."""
         values = {own: staged[name] for own, name in self.parameters.items() if name in staged}
         if not self.packs:
-            self._ready = values
+            # As tensors of their own, by which it is known who else still has the memory.
+            self._ready = {own: value.detach() for own, value in values.items()}
             for own, value in values.items():
                 if self.parameters[own] not in expected:
                     self._expected[own] = [(0, value.numel(), scan(value))]
@@ -128,12 +130,17 @@ class Slot:
         """Make it live. On the engine's thread, between two model steps."""
         for own, value in self._ready.items():
             parameter = getattr(self.module, own)
-            if self.undoable:
-                self._replaced[own] = parameter.data.clone()
-            elif not self.packs and parameter.dtype == value.dtype and _is_alone(parameter):
+            if parameter.data_ptr() == value.data_ptr():
+                continue  # another module shares it, and came first
+            if not self.packs and parameter.dtype == value.dtype and is_alone(parameter):
+                # They change places: the next update is staged in what was live.
+                before = self._ready[own] = parameter.data
                 parameter.data = value
-            if parameter.data_ptr() != value.data_ptr():
+            else:
+                before = parameter.data.clone() if self.undoable else None
                 parameter.data.copy_(value)
+            if self.undoable:
+                self._replaced[own] = before
         for attribute, value in self._attributes.items():
             if self.undoable:
                 self._packing[attribute] = self.module.__dict__.get(attribute, _ABSENT)
@@ -148,6 +155,13 @@ class Slot:
                 self.module.__dict__.pop(attribute, None)
             else:
                 self.module.__dict__[attribute] = value
+
+    def release(self) -> Iterator[torch.Tensor]:
+        """Let go of all memory that this slot had for parameters of its module; gives that which they can be staged
+        in the next time, one after the other: what was staged, or what has changed places with it."""
+        self._replaced.clear()
+        while self._ready:
+            yield self._ready.popitem()[1]
 
     def proof(self) -> dict[str, Proof]:
         """How each parameter of this slot was proven; raises when one is not what was staged."""
@@ -187,12 +201,6 @@ def refuse_infinite(name: str, staged: torch.Tensor) -> None:
 
 
 _TORCH = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
-
-
-def _is_alone(tensor: torch.Tensor) -> bool:
-    """Whether no other tensor shares its memory."""
-    count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
-    return bool(count(tensor.untyped_storage()._cdata) == 2)  # itself, and the storage that is asked about
 
 
 def _shell(module: torch.nn.Module, parameters: Mapping[str, torch.Tensor]) -> torch.nn.Module:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import logging
 import math
 import os
@@ -22,6 +20,7 @@ from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
+from weightwire.engines.vllm.spare import Spare
 from weightwire.errors import EngineError, UnsupportedError, UsageError, VersionError
 from weightwire.revisions import Revision
 from weightwire.target import AdapterStaging, DeltaStaging, Staging
@@ -50,6 +49,7 @@ class VllmTarget:
         self._tables: Any = None
         self._held: Any = None
         self._host: HostCopy | None = None
+        self._spare = Spare()
         self.adapters = AdapterStore(worker)
 
     def enter_thread(self) -> None:
@@ -80,7 +80,7 @@ class VllmTarget:
         if manifest.staging != "copy":
             raise UnsupportedError(f"staging={manifest.staging!r} is for engines on a GPU")
         slots = [slot.fresh() for slot in self._slots]
-        staged = _Staged(manifest, self._plan[1], self._twin, slots, self._packer)
+        staged = _Staged(manifest, self._plan[1], self._twin, slots, self._packer, self._spare)
         if self._host is not None:
             self._host.whole = False  # until the next commit that is kept
         if not manifest.keep:
@@ -115,7 +115,7 @@ class VllmTarget:
             raise _nothing_to_start_from()
         dense = msgspec.structs.replace(manifest, kind="dense", base_version=None, encoded=())
         slots = [slot.fresh() for slot in self._slots]
-        return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer), slots, host)
+        return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer, self._spare), slots, host)
 
     def _delta_on_device(self, manifest: Manifest) -> DeltaStaging:
         from weightwire.engines.vllm.device_delta import DeviceDelta  # needs Triton
@@ -141,6 +141,7 @@ class VllmTarget:
         else:
             # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
             room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
+            room += self._spare.nbytes
         limit = os.environ.get("WEIGHTWIRE_STAGING_LIMIT")
         if limit is None:
             return room
@@ -191,15 +192,6 @@ def _proofs(left: deque[Slot]) -> Iterator[dict[str, Proof]]:
         yield slot.proof()
 
 
-@functools.cache
-def _give_back_what_was_loaded() -> None:
-    """Once: the weights that the engine was started with are no longer live. malloc keeps their memory for the thread
-    that loaded them, which wants it no more; what updates take, it shall keep."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
-    if trim is not None:
-        trim(0)
-
-
 class _Staged:
     """The staged copy of one rank. A module is made ready, on a thread of its own, as soon as all of its parameters
     have arrived: its part of the staged copy becomes a packing while the next buckets are still on their way."""
@@ -211,12 +203,14 @@ class _Staged:
         twin: torch.nn.Module,
         slots: list[Slot],
         packer: ThreadPoolExecutor,
+        spare: Spare,
     ) -> None:
         self._manifest = manifest
         self._plan = plan
         self._twin = dict(twin.named_parameters())
         self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
         self._staged: dict[str, torch.Tensor] = {}
+        self._spare = spare
         self.takes = plan.takes
         self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
         self.nbytes = sum(self._twin[name].nbytes for name in self._users)
@@ -232,7 +226,6 @@ class _Staged:
         self._packer = packer
         self._ready: list[Future[None]] = []
         self._unasked = deque[Slot]()
-        self._committed = False
         if manifest.partial:
             self._keep_what_is_not_sent()
 
@@ -291,8 +284,8 @@ class _Staged:
         # A packed weight is needed no more once its last module has it, so that there is one staged copy, not two.
         for name in names:
             self._users[name] -= 1
-            if not self._users[name]:
-                self._staged.pop(name, None)
+            if not self._users[name] and name in self._staged:
+                self._spare.keep(self._staged.pop(name))
 
     def check(self, seconds: float) -> bool:
         end = time.monotonic() + seconds
@@ -303,7 +296,6 @@ class _Staged:
     def commit(self) -> None:
         for slot in self._slots:
             slot.commit()
-        self._committed = True
 
     def proof(self) -> dict[str, Proof]:
         # One thread does not reach what memory gives, and the one that packs has nothing to do.
@@ -319,15 +311,17 @@ class _Staged:
         for ready in self._ready:
             ready.cancel()
         wait(self._ready)
-        self._staged.clear()
+        for name in list(self._staged):
+            self._spare.keep(self._staged.pop(name))
+        for slot in self._slots:
+            for tensor in slot.release():
+                self._spare.keep(tensor)
         self._unasked.clear()
         self._slots.clear()
-        if self._committed:
-            _give_back_what_was_loaded()
 
     def _allocate(self, name: str) -> None:
         parameter = self._twin[name]
-        staged = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        staged = self._spare.take(parameter)
         for fill in self._plan.fills.get(name, ()):
             staged.as_strided(fill.shape, fill.strides, fill.offset).fill_(fill.value)
         self._staged[name] = staged
@@ -338,4 +332,5 @@ class _Staged:
             for own, name in slot.parameters.items():
                 shape = self._twin[name].shape
                 if self._plan.covered.get(name, 0) < shape.numel() and name not in self._staged:
-                    self._staged[name] = slot.current(own, tuple(shape)).clone()
+                    self._allocate(name)
+                    self._staged[name].copy_(slot.current(own, tuple(shape)))
