@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "vllm"))
 import models
 
 WARM_UP = 3
+ADAPTERS = 6  # before as many revisions are held as are kept, each takes pinned memory that is new
 RANK = 32
 LINEARS = {
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 1024), "self_attn.v_proj": (4096, 1024),
@@ -148,15 +149,17 @@ class Idle:
         self.last = torch.device("cuda", torch.cuda.device_count() - 1)
         self.first = torch.device("cuda", 0)
 
-    def measure(self, publish: Callable[[int], Any], change: Callable[[], Any]) -> list[dict[str, Any]]:
+    def measure(
+        self, publish: Callable[[int], Any], change: Callable[[], Any], warm_up: int = WARM_UP
+    ) -> list[dict[str, Any]]:
         rounds = []
-        for _ in range(self.updates + WARM_UP):
+        for _ in range(self.updates + warm_up):
             change()
             torch.cuda.synchronize()
             self.version += 1
             rounds.append(timed(publish, self.version))
             print(json.dumps(rounds[-1]), flush=True)
-        return rounds[WARM_UP:]
+        return rounds[warm_up:]
 
     def dense(self, device: torch.device, transport: str, **how: Any) -> list[dict[str, Any]]:
         torch.cuda.set_device(device)
@@ -191,7 +194,7 @@ class Idle:
         tensors, config = adapter(self.last)
         some = next(iter(tensors.values()))
         with ww.connect(self.url) as engines, ww.Publisher(AdapterSource(tensors, config), engines) as publisher:
-            return self.measure(publisher.publish, lambda: some.add_(0.01))
+            return self.measure(publisher.publish, lambda: some.add_(0.01), ADAPTERS)
 
 
 def kernels() -> dict[str, float]:

@@ -285,7 +285,6 @@ class Host:
 
     name = model = "fake"
     idle = False
-    at_once = False
 
     def __init__(self, ranks: int, base: torch.Tensor, data: torch.Tensor) -> None:
         self.ranks = [Rank(base) for _ in range(ranks)]

@@ -540,6 +540,16 @@ def test_an_update_that_is_no_more_says_why(how: Any, reason: str) -> None:
     receiver.abort("u")
 
 
+def test_a_receipt_that_comes_late_is_not_the_last() -> None:
+    receiver = make(FakeTarget())
+    for id, version in (("u", 1), ("v", 2)):
+        sealed(receiver, version, id=id)
+        receiver.commit(id)
+    receiver.record("v", {"version": 2})
+    receiver.record("u", {"version": 1})
+    assert receiver.status()["receipt"] == {"version": 2}
+
+
 def test_only_the_last_endings_are_remembered() -> None:
     receiver = make(FakeTarget())
     for n in range(100):

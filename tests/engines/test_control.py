@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any
@@ -115,11 +116,11 @@ class FakeHost:
     name = "fake"
     model = "a model"
     idle = False
-    at_once = False
 
     def __init__(self, ranks: int) -> None:
         self.ranks = [Rank() for _ in range(ranks)]
         self.hours = 0.0
+        self.sent = threading.Event()
         self.receivers = [Receiver(rank, self.fetch, rank=i, clock=self.clock) for i, rank in enumerate(self.ranks)]
         self.hooks: dict[str, Callable[[], Awaitable[None]]] = {}
         self.log: list[str] = []
@@ -136,6 +137,10 @@ class FakeHost:
             while address.startswith("never"):
                 if arrivals.cancelled.wait(0.01):
                     raise TransportError("aborted")
+            if address.startswith("late"):
+                assert self.sent.wait(SECONDS)
+            if address.startswith("lost"):
+                raise TransportError("the trainer is gone")
             (piece,) = bucket.pieces
             yield bucket.index, weights[piece.start : piece.start + piece.count].view(torch.uint8).clone()
 
@@ -256,6 +261,70 @@ def test_without_a_staged_copy_the_engine_stands_still_from_the_beginning(host: 
         assert (host.states(), host.refusal, host.paused, host.version) == ({"idle"}, None, False, 7)
         await asyncio.sleep(1.2)  # the watch over it has nothing more to do
         assert host.log.count("resume") == 1
+
+    asyncio.run(run())
+
+
+def test_given_where_to_fetch_an_engine_does_so_from_the_beginning(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(7), "trainer", SECONDS, SECONDS, "test:7")).id
+        await control.stage(id, "test:7", SECONDS)  # waits for it, and does not begin again
+        await control.seal(id, digests_of(7), SECONDS)
+        await control.stage(id, "test:7", SECONDS)
+        await control.commit(id, "keep", False, SECONDS)
+        assert host.live() == [7.0] * 3
+        id = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "test:8")).id
+        paused = host.log.index("pause keep False", -4)  # before anything is fetched
+        assert "stage" in host.log[paused:]
+        await control.seal(id, digests_of(8), SECONDS)
+        await control.commit(id, "keep", False, SECONDS)
+        assert host.live() == [8.0] * 3
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("right", [True, False])
+def test_sealed_while_it_is_fetched_an_update_is_verified_once_all_is_there(host: FakeHost, right: bool) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(7), "trainer", SECONDS, SECONDS, "late:7")).id
+        sealing = asyncio.ensure_future(control.seal(id, digests_of(7 if right else 6), SECONDS))
+        await eventually(lambda: "seal" in host.log)
+        with pytest.raises(StateError, match="have not arrived"):
+            await control.seal(id, digests_of(7), SECONDS)  # a second time
+        assert not sealing.done()
+        host.sent.set()
+        if right:
+            await sealing
+            await control.commit(id, "keep", False, SECONDS)
+            assert host.live() == [7.0] * 3
+        else:
+            with pytest.raises(VerificationError):
+                await sealing
+            assert (host.live(), host.states()) == ([0.0] * 3, {"idle"})
+
+    asyncio.run(run())
+
+
+def test_what_fails_while_it_is_fetched_is_told_to_who_seals(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        id = (await control.begin(manifest_of(7), "trainer", SECONDS, SECONDS, "lost:7")).id
+        with pytest.raises(TransportError, match="the trainer is gone") as caught:
+            await control.seal(id, digests_of(7), SECONDS)
+        assert caught.value.phase == "stage"
+        await heals(control, host, 8)
+
+    asyncio.run(run())
+
+
+def test_a_receipt_is_there_for_whoever_asks_after_the_commit(host: FakeHost) -> None:
+    async def run() -> None:
+        control = Control(host)
+        for version in (1, 2):
+            receipt = await update(control, version)
+            assert (await control.status((), SECONDS)).receipt == receipt
 
     asyncio.run(run())
 

@@ -13,17 +13,17 @@ from weightwire.engines.vllm.worker import WorkerExtension
 
 class FaultyWorker(WorkerExtension):
     def fail_next_commit(self, rank: int) -> None:
-        """The next commit on one rank fails, after the first of its modules has been changed."""
-        from weightwire.engines.vllm import target
+        """The next commit on one rank fails, after its first module, or on a GPU all of it, has been changed."""
+        from weightwire.engines.vllm import device, target
 
         worker = self
-        staged = target._Staged
+        staged: Any = device.DeviceStaging if worker.device.type == "cuda" else target._Staged  # type: ignore[attr-defined]
         commit = staged.commit
 
-        def fail(this: target._Staged) -> None:
+        def fail(this: Any) -> None:
             staged.commit = commit
             if worker.rank == rank:  # type: ignore[attr-defined]
-                this._slots[0].commit()
+                this._slots[0].commit() if staged is target._Staged else commit(this)
                 raise RuntimeError("injected")
             commit(this)
 

@@ -54,10 +54,6 @@ class Host(Protocol):
     def idle(self) -> bool:
         """Whether it is certain that nothing is being generated, so that workers may take their time to answer."""
 
-    @property
-    def at_once(self) -> bool:
-        """Whether it takes a call while another is being answered."""
-
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
 
@@ -176,7 +172,7 @@ class Control:
             ) from error
         stood = max(part["stood"] for part in parts)
         receipt = self._receipt(parts, max(resumed - started, stood), time.monotonic() - resumed, proofs)
-        await self._record(id, receipt)
+        await self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
         return receipt
 
     def _is_sealed_adapter(self, id: str) -> bool:
@@ -192,14 +188,6 @@ class Control:
             raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
         return str(ranks[0]["kind"])
 
-    async def _record(self, id: str, receipt: EngineReceipt) -> None:
-        recording = self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
-        if self.host.at_once:
-            # Whoever asks for it next, asks after this.
-            _leave(asyncio.ensure_future(recording))
-        else:
-            await recording
-
     async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
         """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""
         async with self._refreshing:
@@ -212,7 +200,8 @@ class Control:
                 raise
             await self._list([part["adapters"] for part in parts])
         receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
-        await self._record(id, receipt)
+        # Waited for: an `LLM` of this process takes one call at a time, and the next may be the trainer's own.
+        await self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
         return receipt
 
     async def refresh(self, timeout: float) -> None:

@@ -156,7 +156,6 @@ class _Host:
         self.name = name
         self.model = type(module).__name__
         self.idle = False  # its receiver is asked from a thread, beside the model
-        self.at_once = True
         self.adapters = ModuleAdapters(module, lock)
         target = ModuleTarget(self.adapters)
         self.receiver = Receiver(

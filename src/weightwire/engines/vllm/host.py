@@ -29,7 +29,6 @@ class AsyncHost:
         self.refusal: str | None = None
         self.names = names or names_of(engine)
         self.in_use, self.list = self.names.in_use, self.names.list
-        self.at_once = True
         self._stays_paused = False
 
     @property
@@ -121,7 +120,6 @@ class SyncHost:
         self.name = name
         self.model = str(llm.model_config.model)
         self.idle = True
-        self.at_once = False
         self.names = names_of(llm)
         self.in_use, self.list = self.names.in_use, self.names.list
 

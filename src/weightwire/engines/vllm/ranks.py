@@ -75,7 +75,6 @@ class AllRanks:
 
     name = "this engine"
     idle = True
-    at_once = False
 
     def __init__(self, ranks: Ranks, ends: Ends, worker: Any) -> None:
         self._ranks, self._ends, self._worker = ranks, ends, worker
