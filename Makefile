@@ -52,7 +52,7 @@ test: $(VENV)/.full lint
 # A quarter of the random cases that `make test` looks at; every test runs.
 test-fast: export WEIGHTWIRE_FEW_CASES := 1
 test-fast: $(VENV)/.light lint
-	$(BIN)/pytest --ignore=tests/vllm -m 'not gpu' -n auto $(SPREAD)
+	$(BIN)/pytest --ignore=tests/vllm -m 'not (gpu or vllm or slow)' -n auto $(SPREAD)
 
 fmt: $(VENV)/.light
 	$(BIN)/ruff check --fix .

@@ -35,7 +35,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=[pytest.mark.slow] * (mode != "dense")) for mode in MODES])
 def test_it_learns_and_proves_itself(mode, tmp_path, scratch, shm_root, no_threads_left, capsys):
     threads, handler = torch.get_num_threads(), signal.getsignal(signal.SIGTERM)
 
@@ -82,6 +82,7 @@ def test_an_engine_with_other_weights_fails_the_proof(mode, tmp_path, scratch, s
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_killed_demo_leaves_no_files(tmp_path):
     scratch = tmp_path / "scratch"
     scratch.mkdir()

@@ -21,6 +21,7 @@ SHAPES = [(8, 4), (8, 4), (3, 5)]
 MB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plain", "packs"])
 def test_twenty_updates_take_no_more_than_one_staged_copy(kind: str) -> None:
     script = Path(__file__).parent / "staging_memory.py"

@@ -12,6 +12,7 @@ import pytest
 FILES = [["delta.py", "batched_copy.py"], ["device_delta.py", "device_staging.py", "digest.py", "baseline_device.py"]]
 
 
+@pytest.mark.slow
 @pytest.mark.spread
 @pytest.mark.parametrize("files", FILES, ids=" ".join)
 def test_in_tritons_interpreter(files):

@@ -11,6 +11,8 @@ from weightwire.errors import UnsupportedError
 from weightwire.sources import find
 from weightwire.sources.base import spec_of
 
+pytestmark = pytest.mark.slow
+
 SOON = 20.0
 TOKENS = torch.tensor([[1, 2, 3]])
 

@@ -16,6 +16,8 @@ from weightwire.sources import find
 from weightwire.updates.adapter import plain_config
 from weightwire.updates.digest import scan
 
+pytestmark = pytest.mark.slow
+
 SOON = 20.0
 SLOW = 120.0
 TOKENS = torch.tensor([[1, 2, 3, 4, 5]])

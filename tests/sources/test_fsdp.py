@@ -53,6 +53,7 @@ def test_fsdp2_on_two_ranks_reads_as_the_full_model_before_and_after_a_step(lab)
     lab(fsdp, 2)
 
 
+@pytest.mark.slow
 def test_fsdp2_on_more_ranks_than_some_dimensions_have_rows(lab):
     lab(fsdp, 3)
 
@@ -135,6 +136,7 @@ def test_layouts_on_a_gpu(lab):
     lab(layouts, 4, device="cuda")
 
 
+@pytest.mark.slow
 def test_hsdp_and_fsdp_with_tensor_parallelism(lab):
     lab(two_dimensional, 4)
 

@@ -108,6 +108,7 @@ def test_any_mix_of_updates_from_fsdp2_leaves_engine_and_trainer_equal(lab, dtyp
     lab(mixes, 2, layout="fsdp", dtype=dtype, seconds=2 * SOON)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hybrid", "tensor"])
 def test_any_mix_of_updates_from_a_mesh_of_two_dimensions_leaves_engine_and_trainer_equal(lab, layout):
     lab(mixes, 4, layout=layout, dtype="bfloat16", seconds=2 * SOON)
@@ -389,5 +390,6 @@ def frugal(rank, size):
     assert grown[1] < shard + (24 << 20), f"grew by {grown[1] / 1e6:.0f} MB"
 
 
+@pytest.mark.slow
 def test_no_rank_grows_by_more_than_a_shard_and_what_changes(lab):
     lab(frugal, 4, seconds=2 * SOON)
