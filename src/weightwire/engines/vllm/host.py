@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable
 from typing import Any
 
 from weightwire.engines.base import Pause
@@ -120,18 +122,19 @@ class SyncHost:
         self.name = name
         self.model = str(llm.model_config.model)
         self.idle = True
+        self._turn = threading.Lock()
         self.names = names_of(llm)
         self.in_use, self.list = self.names.in_use, self.names.list
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         try:
-            return list(await in_thread(lambda: self._llm.collective_rpc(CALL, args=(op, arguments, body))))
+            return list(await self._in_turn(lambda: self._llm.collective_rpc(CALL, args=(op, arguments, body))))
         except Exception as error:
             raise _lost(error, self.name) from error
 
     async def pause(self, mode: Pause, clear_cache: bool) -> None:
         if clear_cache:
-            await in_thread(self._engine.reset_prefix_cache)
+            await self._in_turn(self._engine.reset_prefix_cache)
 
     async def resume(self) -> None:
         self._engine.__dict__.pop("add_request", None)
@@ -144,7 +147,16 @@ class SyncHost:
 
     async def label(self, version: int) -> None:
         if supports(self._engine, "set_weight_version"):
-            await in_thread(lambda: self._engine.set_weight_version(str(version)))
+            await self._in_turn(lambda: self._engine.set_weight_version(str(version)))
+
+    async def _in_turn(self, work: Callable[[], Any]) -> Any:
+        """One at a time: an `LLM` puts what two threads ask of it at once into one broken message."""
+
+        def in_turn() -> Any:
+            with self._turn:
+                return work()
+
+        return await in_thread(in_turn)
 
 
 def kind_of(engine: Any) -> str | None:
