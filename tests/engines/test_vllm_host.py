@@ -1,0 +1,41 @@
+"""What a host over vLLM's own objects owes them, without vLLM."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+from weightwire.engines.vllm.host import SyncHost
+
+
+class OneAtATime:
+    """An `LLM`, which must not be asked by two threads at once."""
+
+    def __init__(self) -> None:
+        self.model_config = SimpleNamespace(model="a model")
+        self.llm_engine = SimpleNamespace(reset_prefix_cache=self._asked)
+        self.answered = 0
+        self._busy = threading.Lock()
+
+    def collective_rpc(self, method: str, args: tuple[Any, ...]) -> list[bytes]:
+        self._asked()
+        return [b""]
+
+    def _asked(self) -> None:
+        assert self._busy.acquire(blocking=False)
+        time.sleep(0.02)
+        self._busy.release()
+        self.answered += 1
+
+
+def test_an_llm_is_asked_one_thing_at_a_time() -> None:
+    async def run() -> None:
+        host = SyncHost(llm := OneAtATime(), "fake")
+        asked = [host.call("poll", b"", None, 60.0) for _ in range(4)]
+        await asyncio.gather(*asked, host.pause("keep", clear_cache=True))
+        assert llm.answered == 5
+
+    asyncio.run(run())
