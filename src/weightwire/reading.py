@@ -11,7 +11,7 @@ import torch
 from weightwire import transports
 from weightwire.baseline import Read
 from weightwire.errors import SourceError, WeightwireError
-from weightwire.sources.base import Source, SpreadSource
+from weightwire.sources.base import LocalSource, Source, SpreadSource
 from weightwire.updates.boxes import NOTHING, Part
 from weightwire.updates.buckets import Piece
 from weightwire.updates.digest import Pending, Scan, scan_and_pack
@@ -56,7 +56,9 @@ class Reading:
 
     def pack(self, pieces: Sequence[Piece], to: torch.Tensor) -> list[Scan] | None:
         """Every piece of a bucket, by one call, where the tensors are whole on the CPU and so is `to`; else None."""
-        whole = self.whole if self._source.ranks is None and to.device.type == "cpu" else []
+        # A source that reads in its own way is left to it.
+        plain = getattr(type(self._source), "read", None) is LocalSource.read
+        whole = self.whole if plain and to.device.type == "cpu" else []
         if not whole or whole[0].device.type != "cpu":
             return None
         return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
