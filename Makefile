@@ -49,7 +49,7 @@ test: $(VENV)/.full lint
 	$(BIN)/pytest tests/vllm -m 'not alone' -n 2 $(SPREAD)
 	$(BIN)/pytest tests/vllm -m alone
 
-# A quarter of the random cases that `make test` looks at; every test runs.
+# Without what is marked slow, and a quarter of the random cases that `make test` looks at.
 test-fast: export WEIGHTWIRE_FEW_CASES := 1
 test-fast: $(VENV)/.light lint
 	$(BIN)/pytest --ignore=tests/vllm -m 'not (gpu or vllm or slow)' -n auto $(SPREAD)

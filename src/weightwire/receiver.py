@@ -113,7 +113,6 @@ class _Update:
     fetching: Future[None] | None = None
     ready: bool = False
     sealed: bool = False
-    transport: str = "http"
     seconds: dict[str, float] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -271,7 +270,7 @@ class Receiver:
             if (update := self._held(id)).address == address:
                 return
             update = self._staging(id)
-            update.address, update.transport = address, address.partition(":")[0]
+            update.address = address
             update.fetching = self._start(update, "stage", lambda: self._fetch_all(update, address))
 
     def put(self, id: str, index: int, body: bytes) -> None:
@@ -370,7 +369,7 @@ class Receiver:
                 "version": update.manifest.version,
                 "kind": update.manifest.kind,
                 "stood": time.perf_counter() - update.began if update.manifest.staging == "none" else 0.0,
-                "transport": update.transport,
+                "transport": (update.address or "http:").partition(":")[0],
                 "tensors": len(update.manifest.tensors),
                 "nbytes": update.manifest.nbytes,
                 "seconds": {**update.seconds, "commit": time.perf_counter() - started},

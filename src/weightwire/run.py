@@ -26,7 +26,7 @@ from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
-from weightwire.updates.buckets import Bucket, cut
+from weightwire.updates.buckets import Bucket, Piece, cut
 from weightwire.updates.delta import Delta
 from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_runs_any, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
@@ -131,6 +131,7 @@ class Run:
         marks.append(time.perf_counter())
         scans = own = self._stage(manifest, self._route.deltas)
         if self._route.behind or not cut(manifest):
+            # Others' senders come next; and where nothing is sent, to seal could be quicker than to stage.
             together.on_leader(self._end_stages)
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take(reading.read_own))
@@ -250,6 +251,7 @@ class Run:
         wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=_LENT_BUCKET_BYTES)
         manifest = msgspec.structs.replace(draft, bucket_bytes=max(4096, min([wanted, *limits])))
         holder = f"{socket.gethostname()}:{os.getpid()}"
+        behind = {name: each.of(manifest) for each in self._route.behind for name in each.engines}
 
         def begin(engine: Engine) -> Begun:
             lends = self._choices[engine.name].name not in senders and not manifest.adapter
@@ -263,7 +265,6 @@ class Run:
             self._begun[engine.name] = begun
             return begun
 
-        behind = {name: each.of(manifest) for each in self._route.behind for name in each.engines}
         self._fleet.each("begin", begin, meanwhile=self._scan_ahead)
         self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
         return manifest
@@ -341,28 +342,31 @@ class Run:
         return found
 
     def _fill(self, bucket: Bucket, data: torch.Tensor | None, scans: list[Scan | Pending]) -> None:
-        packed = None if data is None or self._ahead else self._reading.pack(bucket.pieces, data)
-        for piece, scan in zip(bucket.pieces, packed or (), strict=False):
-            scans[piece.tensor] = scan + scans[piece.tensor]
-        if packed is not None and self._baseline is None:
+        if self._ahead:
+            for piece in bucket.pieces:
+                whole = self._ahead[piece.tensor].reshape(-1)
+                self._place(piece, data).copy_(whole[piece.start : piece.start + piece.count])
             return
-        for number, start, count, offset in bucket.pieces:
-            spec = self._reading.specs[number]
-            nbytes = count * spec.itemsize
-            # Only rank 0 has a bucket to fill; the others say by an empty shell what they read along.
-            part = (
-                torch.empty(nbytes, dtype=torch.uint8, device="meta")
-                if data is None
-                else data[offset : offset + nbytes]
-            )
-            run = part.view(getattr(torch, spec.dtype))
-            if self._ahead:
-                run.copy_(self._ahead[number].reshape(-1)[start : start + count])
-                continue
-            if packed is None:
-                scans[number] = self._reading.read(number, start, run) + scans[number]
-            if self._baseline is not None and self._ranks is None:
-                self._baseline.write(number, start, run)
+        packed = None if data is None else self._reading.pack(bucket.pieces, data)
+        found: Sequence[Scan | Pending] = packed or [
+            self._reading.read(piece.tensor, piece.start, self._place(piece, data)) for piece in bucket.pieces
+        ]
+        for piece, scan in zip(bucket.pieces, found, strict=True):
+            scans[piece.tensor] = scan + scans[piece.tensor]
+        if self._baseline is not None and self._ranks is None:
+            for piece in bucket.pieces:
+                self._baseline.write(piece.tensor, piece.start, self._place(piece, data))
+
+    def _place(self, piece: Piece, data: torch.Tensor | None) -> torch.Tensor:
+        """Where in a bucket's memory its elements go. Only rank 0 has a bucket to fill; the others say by an empty
+        shell what they read along."""
+        spec = self._reading.specs[piece.tensor]
+        nbytes = piece.count * spec.itemsize
+        if data is None:
+            part = torch.empty(nbytes, dtype=torch.uint8, device="meta")
+        else:
+            part = data[piece.offset : piece.offset + nbytes]
+        return part.view(getattr(torch, spec.dtype))
 
     def _send(self, bucket: Bucket, data: torch.Tensor | None) -> None:
         first, *others = self._senders

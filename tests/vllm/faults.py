@@ -23,7 +23,10 @@ class FaultyWorker(WorkerExtension):
         def fail(this: Any) -> None:
             staged.commit = commit
             if worker.rank == rank:  # type: ignore[attr-defined]
-                this._slots[0].commit() if staged is target._Staged else commit(this)
+                if staged is target._Staged:
+                    this._slots[0].commit()
+                else:
+                    commit(this)
                 raise RuntimeError("injected")
             commit(this)
 
