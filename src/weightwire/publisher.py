@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 from weightwire import sources, transports
 from weightwire.baseline import Baseline
 from weightwire.baseline_device import DeviceBaseline
-from weightwire.engines.base import Pause
+from weightwire.engines.base import KeepCache, Pause
 from weightwire.engines.find import find
 from weightwire.errors import (
     PoisonedError,
@@ -118,7 +118,7 @@ class Publisher:
         finite: bool = True,
         staging: Literal["copy", "none"] = "copy",
         pause: Pause = "keep",
-        keep_cache: bool = False,
+        keep_cache: KeepCache = False,
         deadline: float | None = None,
     ) -> Receipt:
         """Make the source's weights, as they are now, version `version` of every engine, or of the adapter there.
@@ -130,13 +130,17 @@ class Publisher:
 
         `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `staging="none"`, for engines on a GPU
         without room for a second copy, writes over the live weights while the engine stands still; if that fails it
-        refuses to generate until the next complete update. `pause` says what happens to requests
-        in flight (`engines.base.Pause`). The prefix cache is reset, unless `keep_cache`. Raises a `WeightwireError`
-        with the engine and the phase; unless that is `commit`, every engine still serves what it served before. After
-        it, `PublishError.outcomes` and each engine's `status()` say which has changed; an adapter is taken back.
+        refuses to generate until the next complete update. `pause` says what happens to requests in flight
+        (`engines.base.Pause`), `keep_cache` what to keys and values in the cache (`engines.base.KeepCache`).
+
+        Raises a `WeightwireError` with the engine and the phase; unless that is `commit`, every engine still serves
+        what it served before. After it, `PublishError.outcomes` and each engine's `status()` say which has changed; an
+        adapter is taken back.
         """
         if pause not in ("keep", "wait", "abort"):
             raise UsageError(f"pause={pause!r}", next_step="Take 'keep', 'wait' or 'abort'.")
+        if keep_cache not in (True, False, "running"):
+            raise UsageError(f"keep_cache={keep_cache!r}", next_step="Take True, False or 'running'.")
         if staging not in ("copy", "none") or (staging == "none" and pause != "keep"):
             raise UsageError(
                 f"staging={staging!r} with pause={pause!r}",

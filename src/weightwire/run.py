@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from weightwire import transports
-from weightwire.engines.base import Begun, Engine, Pause
+from weightwire.engines.base import Begun, Engine, KeepCache, Pause
 from weightwire.errors import DeadlineError, PublishError, SourceError, UpdateNotFound, UsageError, WeightwireError
 from weightwire.fleet import Fleet
 from weightwire.reading import Reading, Weights
@@ -98,7 +98,7 @@ class Run:
         return self._route.deltas is not None
 
     def publish(
-        self, version: int, partial: bool, finite: bool, staging: Staging, pause: Pause, keep_cache: bool
+        self, version: int, partial: bool, finite: bool, staging: Staging, pause: Pause, keep_cache: KeepCache
     ) -> Receipt:
         """As `Publisher.publish`."""
         marks = [time.perf_counter()]
@@ -404,7 +404,7 @@ class Run:
             raise why from None
         self._end_stages()
 
-    def _commit(self, manifest: Manifest, pause: Pause, keep_cache: bool) -> dict[str, EngineReceipt]:
+    def _commit(self, manifest: Manifest, pause: Pause, keep_cache: KeepCache) -> dict[str, EngineReceipt]:
         def commit(engine: Engine) -> EngineReceipt:
             return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._fleet.left())
 

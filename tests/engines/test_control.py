@@ -150,9 +150,9 @@ class FakeHost:
         calls = [asyncio.to_thread(receiver.handle, op, arguments, body) for receiver in self.receivers]
         return list(await asyncio.gather(*calls))
 
-    async def pause(self, mode: str, clear_cache: bool) -> None:
+    async def pause(self, mode: str, keep_cache: Any) -> None:
         await self._hook("pause")
-        self.log.append(f"pause {mode} {clear_cache}")
+        self.log.append(f"pause {mode} {keep_cache}")
         self.paused = True
 
     async def resume(self) -> None:
@@ -231,7 +231,7 @@ def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None
         assert receipt.seconds.keys() == {"begin", "stage", "seal", "commit", "verify"}
         status = await control.status((), SECONDS)
         assert (status.version, status.state, status.ranks, status.receipt) == (7, "idle", 3, receipt)
-        assert "pause keep True" in host.log
+        assert "pause keep False" in host.log
         assert not host.paused
 
     asyncio.run(run())
@@ -275,7 +275,7 @@ def test_given_where_to_fetch_an_engine_does_so_from_the_beginning(host: FakeHos
         await control.commit(id, "keep", False, SECONDS)
         assert host.live() == [7.0] * 3
         id = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "test:8")).id
-        paused = host.log.index("pause keep False", -4)  # before anything is fetched
+        paused = host.log.index("pause keep True", -4)  # before anything is fetched
         assert "stage" in host.log[paused:]
         await control.seal(id, digests_of(8), SECONDS)
         await control.commit(id, "keep", False, SECONDS)
@@ -392,7 +392,7 @@ def test_bodies_handed_over_go_to_every_rank(host: FakeHost) -> None:
         await control.seal(id, digests_of(3), SECONDS)
         assert (await control.commit(id, "wait", True, SECONDS)).transport == "http"
         assert host.live() == [3.0] * 3
-        assert "pause wait False" in host.log
+        assert "pause wait True" in host.log
 
     asyncio.run(run())
 

@@ -35,7 +35,7 @@ def test_an_llm_is_asked_one_thing_at_a_time() -> None:
     async def run() -> None:
         host = SyncHost(llm := OneAtATime(), "fake")
         asked = [host.call("poll", b"", None, 60.0) for _ in range(4)]
-        await asyncio.gather(*asked, host.pause("keep", clear_cache=True))
+        await asyncio.gather(*asked, host.pause("keep", keep_cache=False))
         assert llm.answered == 5
 
     asyncio.run(run())

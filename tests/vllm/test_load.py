@@ -122,6 +122,33 @@ def test_a_long_prompt_cached_under_the_old_weights_is_not_used_under_the_new(
         assert apart(output["logprobs"], logprobs(served_model, prompt, output["tokens"])) > 1e-3
 
 
+def test_requests_in_flight_keep_what_they_have_and_no_other_gets_it(
+    server: Server, served_model: Any, trained: Any
+) -> None:
+    version = server.version() or 0
+    prompt = [5 + i % 90 for i in range(64)]
+    with server.engines() as engines, ThreadPoolExecutor(1) as pool:
+        for model in (served_model, trained) * 5:
+            # Until an update finds it in the middle.
+            started, version = threading.Event(), version + 1
+            running = pool.submit(_stream, server, prompt, tokens=160, started=started)
+            assert started.wait(120)
+            with ww.Publisher(model, engines) as publisher:
+                publisher.publish(version, keep_cache="running", deadline=120)
+            first = server.generate(prompt)
+            output = running.result(timeout=180)
+            if len(output["versions"]) == 2 and model is trained:
+                break
+        # It went on with keys and values of the old weights: computed again they would be those of the new.
+        (_, start, end) = output["versions"][1]
+        assert apart(output["logprobs"][start:end], logprobs(trained, prompt, output["tokens"])[start:end]) > 1e-3
+        # Who came later shares its prompt, and then its tokens too, but none of these.
+        assert apart(first["logprobs"], logprobs(trained, prompt, first["tokens"])) < 1e-3
+        longer = prompt + output["tokens"]
+        after = server.generate(longer)
+        assert apart(after["logprobs"], logprobs(trained, longer, after["tokens"])) < 1e-3
+
+
 def _moved(model: Any, step: int) -> Any:
     torch.manual_seed(step)
     moved = copy.deepcopy(model)

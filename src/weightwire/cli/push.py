@@ -52,7 +52,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--pause", choices=("keep", "wait", "abort"), default="keep", help="what requests in flight do (default: keep)"
     )
-    parser.add_argument("--keep-cache", action="store_true", help="keep the prefix cache")
+    parser.add_argument(
+        "--keep-cache", nargs="?", const=True, default=False, choices=("running",), metavar="running",
+        help="keep the prefix cache; `running`: only what requests in flight have, for themselves",
+    )  # fmt: skip
     parser.add_argument("--deadline", type=float, default=600.0, metavar="S", help="seconds in all (default: 600)")
     add_json(parser)
     parser.set_defaults(run=run)

@@ -11,10 +11,14 @@ from weightwire.target import Staging, Target
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt
 
-__all__ = ["Begun", "Engine", "EngineStatus", "Pause", "Staging", "Target"]
+__all__ = ["Begun", "Engine", "EngineStatus", "KeepCache", "Pause", "Staging", "Target"]
 
 Pause = Literal["keep", "wait", "abort"]
 """What happens to requests in flight: they go on under the new weights, are waited for, or are aborted."""
+
+KeepCache = bool | Literal["running"]
+"""Whose cached keys and values of the old weights are kept: nobody's (False), so that requests in flight compute theirs
+again; those of requests in flight, for themselves alone ("running"); or all, for anybody (True)."""
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,7 +77,7 @@ class Engine(Protocol):
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         """Verify on every rank what has arrived, or once what is being fetched has, and make ready to commit."""
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
         """Make it live on every rank, between two model steps."""
 
     def abort(self, id: str, *, timeout: float) -> None:

@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
-from weightwire.engines.base import Begun, EngineStatus, Pause
+from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.errors import (
     DeadlineError,
     EngineLost,
@@ -57,8 +57,8 @@ class Host(Protocol):
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
-        """Stand between two model steps, with in-flight requests dealt with as `mode` says."""
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
+        """Stand between two model steps, with in-flight requests and the cache dealt with as asked."""
 
     async def resume(self) -> None:
         """Generate again."""
@@ -125,7 +125,7 @@ class Control:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
             if in_place:
-                await self._in_time(self.host.pause("keep", False), deadline - time.monotonic(), "begin")
+                await self._in_time(self.host.pause("keep", True), deadline - time.monotonic(), "begin")
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
                 if address is not None:
                     await self._all("stage", deadline - time.monotonic(), id=id, address=address)
@@ -146,14 +146,14 @@ class Control:
         ranks = await self._work("seal", timeout, id=id, digests=list(digests))
         self._sealed = (id, until) if ranks[0]["kind"] == "adapter" else None
 
-    async def commit(self, id: str, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+    async def commit(self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
         deadline = time.monotonic() + timeout
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
         if self._is_sealed_adapter(id) or await self._hold(id, timeout) == "adapter":
             return await self._commit_adapter(id, deadline)
         started = time.monotonic()
         try:
-            await self._in_time(self.host.pause(pause, not keep_cache), timeout, "pause")
+            await self._in_time(self.host.pause(pause, keep_cache), timeout, "pause")
             parts = await self._apply(id, deadline)
             if any(part["stood"] for part in parts):
                 self._ended.add(id)

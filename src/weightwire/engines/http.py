@@ -8,7 +8,7 @@ from urllib.parse import quote, urlsplit
 
 import msgspec
 
-from weightwire.engines.base import Begun, EngineStatus, Pause
+from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.errors import AuthError, DeadlineError, EngineError, EngineLost, UsageError, WeightwireError
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt
@@ -75,7 +75,7 @@ class HttpEngine:
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         self._call("POST", f"/updates/{id}/seal", timeout, msgspec.json.encode({"digests": digests}))
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
         body = msgspec.json.encode({"pause": pause, "keep_cache": keep_cache})
         receipt: EngineReceipt = self._call("POST", f"/updates/{id}/commit", timeout, body, reply=EngineReceipt)
         return msgspec.structs.replace(receipt, engine=self.name)

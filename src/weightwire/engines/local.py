@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
-from weightwire.engines.base import Begun, EngineStatus, Pause
+from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.engines.control import Control, Host
 from weightwire.errors import DeadlineError, UsageError
 from weightwire.updates.manifest import Manifest
@@ -48,7 +48,7 @@ class LocalEngine:
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         self._run(lambda: self._control.seal(id, digests, timeout), timeout)
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: bool, timeout: float) -> EngineReceipt:
+    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
         return self._run(lambda: self._control.commit(id, pause, keep_cache, timeout), timeout)
 
     def abort(self, id: str, *, timeout: float) -> None:

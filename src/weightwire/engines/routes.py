@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from weightwire.engines.adapter_body import load_body
-from weightwire.engines.base import Begun, EngineStatus, Pause
+from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.engines.control import Control
 from weightwire.engines.http import TOKEN_HEADER
 from weightwire.errors import (
@@ -73,7 +73,7 @@ class SealBody(msgspec.Struct, forbid_unknown_fields=True):
 
 class CommitBody(msgspec.Struct, forbid_unknown_fields=True):
     pause: Pause = "keep"
-    keep_cache: bool = False
+    keep_cache: KeepCache = False
 
 
 class _Safetensors:

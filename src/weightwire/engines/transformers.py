@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from weightwire import transports
-from weightwire.engines.base import Pause
+from weightwire.engines.base import KeepCache, Pause
 from weightwire.engines.local import LocalEngine, in_thread
 from weightwire.engines.staged_delta import StagedDelta, refuse_split_ties
 from weightwire.engines.transformers_adapters import ModuleAdapters
@@ -169,7 +169,7 @@ class _Host:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return [await in_thread(lambda: self.receiver.handle(op, arguments, body))]
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         # A lock belongs to the thread that takes it; this one holds it until `resume`.
         taken, release = threading.Event(), threading.Event()
 

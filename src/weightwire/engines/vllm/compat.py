@@ -30,7 +30,10 @@ PRIVATE: dict[str, tuple[str, ...]] = {
         "UnquantizedEmbeddingMethod.process_weights_after_loading",
     ),
     "vllm.model_executor.layers.attention": ("Attention",),
-    "vllm.v1.engine.core_client": ("AsyncMPClient.pause_scheduler_async",),
+    "vllm.v1.engine.core_client": ("AsyncMPClient.call_utility_async", "AsyncMPClient.pause_scheduler_async"),
+    "vllm.v1.engine.core": ("EngineCore.pause_scheduler",),
+    "vllm.v1.core.block_pool": ("BlockPool.get_num_free_blocks",),
+    "vllm.v1.core.kv_cache_manager": ("KVCacheManager.reset_prefix_cache",),
     "vllm.v1.engine.async_llm": (
         "AsyncLLM.collective_rpc",
         "AsyncLLM.pause_generation",

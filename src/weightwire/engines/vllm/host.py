@@ -7,10 +7,11 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from weightwire.engines.base import Pause
+from weightwire.engines.base import KeepCache, Pause
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
 from weightwire.engines.vllm.names import Names, names_of
+from weightwire.engines.vllm.prefix_cache import PAUSE
 from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 from weightwire.receiver import decode_reply, encode_call
@@ -61,17 +62,26 @@ class AsyncHost:
         except Exception as error:
             raise _lost(error, self.name) from error
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         # Both at once: what is asked is asked of the workers, for which it makes no difference.
-        self._stays_paused, _ = await asyncio.gather(self._partly_asleep(), self._pause(mode, clear_cache))
+        self._stays_paused, _ = await asyncio.gather(self._partly_asleep(), self._pause(mode, keep_cache))
 
-    async def _pause(self, mode: Pause, clear_cache: bool) -> None:
-        core = self._engine.engine_core
-        if supports(core, "pause_scheduler_async") and not self._engine.model_config.is_multimodal_model:
-            # What `pause_generation` does without its 20 ms of courtesy; with images it also clears their cache.
-            await core.pause_scheduler_async(mode=mode, clear_cache=clear_cache)
+    async def _pause(self, mode: Pause, keep_cache: KeepCache) -> None:
+        core, config = self._engine.engine_core, self._engine.vllm_config
+        if self._engine.model_config.is_multimodal_model or not supports(core, "pause_scheduler_async"):
+            # With images there are caches that only this resets.
+            await self._engine.pause_generation(mode=mode, clear_cache=keep_cache is not True)
+        elif keep_cache == "running" and mode == "keep" and config.kv_transfer_config is None:
+            try:
+                await core.call_utility_async(PAUSE)
+            except Exception as error:
+                if PAUSE not in str(error) or "has no attribute" not in str(error):
+                    raise
+                # The plugin is in the workers alone: then requests in flight compute theirs again, which is right too.
+                await core.pause_scheduler_async(mode=mode, clear_cache=True)
         else:
-            await self._engine.pause_generation(mode=mode, clear_cache=clear_cache)
+            # What `pause_generation` does without its 20 ms of courtesy.
+            await core.pause_scheduler_async(mode=mode, clear_cache=keep_cache is not True)
 
     async def resume(self) -> None:
         self.refusal = None
@@ -132,8 +142,8 @@ class SyncHost:
         except Exception as error:
             raise _lost(error, self.name) from error
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
-        if clear_cache:
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
+        if keep_cache is not True:
             await self._in_turn(self._engine.reset_prefix_cache)
 
     async def resume(self) -> None:

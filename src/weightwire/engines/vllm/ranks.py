@@ -11,7 +11,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from weightwire.engines.base import Pause
+from weightwire.engines.base import KeepCache, Pause
 from weightwire.errors import EngineError, PoisonedError, WeightwireError
 from weightwire.receiver import decode_reply
 from weightwire.revisions import Revision
@@ -83,7 +83,7 @@ class AllRanks:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return self._ranks.gather(self._ends.handle(op, arguments, body))
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         pass
 
     async def resume(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from weightwire.engines.base import Pause
+from weightwire.engines.base import KeepCache, Pause
 from weightwire.engines.local import LocalEngine
 from weightwire.engines.vllm.host import AsyncHost, SyncHost, kind_of
 from weightwire.errors import DeadlineError, EngineError, EngineLost, UsageError, WeightwireError
@@ -62,8 +62,8 @@ class _RayHost:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return list(await self._ask("call", op, arguments, body, timeout))
 
-    async def pause(self, mode: Pause, clear_cache: bool) -> None:
-        await self._ask("pause", mode, clear_cache)
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
+        await self._ask("pause", mode, keep_cache)
 
     async def resume(self) -> None:
         await self._ask("resume")
