@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -231,7 +232,7 @@ def kernels() -> dict[str, float]:
 
 
 def load(updates: int) -> dict[str, Any]:
-    """Tokens a second with and without an update every `EVERY` seconds, in turns."""
+    """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
@@ -249,7 +250,7 @@ def load(updates: int) -> dict[str, Any]:
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
         requests = [threading.Thread(target=generate, daemon=True) for _ in range(REQUESTS)]
-        found: dict[str, Any] = {"tokens/s": [], "tokens/s with updates": [], "updates": []}
+        found: dict[str, Any] = {"none": [], "False": [], "running": []}
         version = 0
         with ww.connect(f"unix:{socket}") as engines:
             with ww.Publisher(source, engines, transport="nccl", lease=20, deadline=60) as publisher:
@@ -258,18 +259,19 @@ def load(updates: int) -> dict[str, Any]:
                 for request in requests:
                     request.start()
                 time.sleep(10)
-                for _ in range(max(updates // 10, 2)):
+                for keep_cache in [None, "running", None, False] * max(updates // 10, 2):
                     started, before = time.perf_counter(), tokens()
-                    time.sleep(SECONDS)
-                    found["tokens/s"].append((tokens() - before) / (time.perf_counter() - started))
-                    started, before = time.perf_counter(), tokens()
-                    while (since := time.perf_counter() - started) < SECONDS:
+                    if keep_cache is None:
+                        time.sleep(SECONDS)
+                    while keep_cache is not None and (since := time.perf_counter() - started) < SECONDS:
                         version += 1
                         source["model.norm.weight"].add_(0.001)
-                        found["updates"].append(timed(publisher.publish, version))
-                        print(json.dumps(found["updates"][-1]), flush=True)
+                        receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
+                        found.setdefault(f"updates {keep_cache}", []).append(receipt)
+                        print(json.dumps(receipt), flush=True)
                         time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
-                    found["tokens/s with updates"].append((tokens() - before) / (time.perf_counter() - started))
+                    rate = (tokens() - before) / (time.perf_counter() - started)
+                    found["none" if keep_cache is None else str(keep_cache)].append(rate)
                 over.set()
         for request in requests:
             request.join(30)
