@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -62,6 +62,15 @@ class Reading:
         if not whole or whole[0].device.type != "cpu":
             return None
         return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
+
+    def gather(self, runs: Callable[[], Sequence[tuple[int, int, torch.Tensor]]]) -> None:
+        """As `SpreadSource.gather`."""
+        self._spread.gather(lambda: [(self._order[tensor], start, out) for tensor, start, out in runs()])
+
+    def scan_own(self) -> list[Scan | Pending]:
+        """As `SpreadSource.scan_own`."""
+        scans = self._spread.scan_own()
+        return [scans[n] for n in self._order]
 
     def read_own(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         """What this rank holds, by itself."""

@@ -321,6 +321,8 @@ class Run:
                     self._baseline.write(number, 0, tensor)
             return settle(scans)
         scans = [*self._ahead_scans] or scans
+        if deltas is None and getattr(self._source, "gathers", False):
+            return self._gather(manifest)
         for bucket in cut(manifest):
             data = self._together.on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
             if deltas is None:
@@ -331,6 +333,30 @@ class Run:
         self._together.on_leader(self._finish)
         known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
+
+    def _gather(self, manifest: Manifest) -> list[Scan]:
+        """`_stage` of a source that is spread over GPUs. What rank 0 does between two buckets is part of what the ranks
+        agree on before the second, so that they do so once a bucket."""
+        filled: list[tuple[Bucket, torch.Tensor | None]] = []
+
+        def send() -> None:
+            while filled:
+                self._send(*filled.pop())
+
+        def runs(bucket: Bucket) -> list[tuple[int, int, torch.Tensor]]:
+            data = None
+            if self._together.leads:
+                send()
+                data = self._senders[0].buffer(bucket)
+                filled.append((bucket, data))
+            return [(piece.tensor, piece.start, self._place(piece, data)) for piece in bucket.pieces]
+
+        scans = self._together.everywhere(self._reading.scan_own)
+        for bucket in cut(manifest):
+            self._reading.gather(functools.partial(runs, bucket))
+        self._together.on_leader(send)
+        self._together.on_leader(self._finish)
+        return self._ranks.total(settle(scans))  # type: ignore[union-attr]
 
     def _stage_behind(self, manifest: Manifest) -> dict[str, list[Scan]]:
         """The same, from memory, for engines that are behind; what each is sent, by its name."""

@@ -20,7 +20,7 @@ CASES = [
     pytest.param("gemma", "tied", "bfloat16", 1, "no", "whole", "shm", "0"),
     pytest.param("llama", "untied", "float32", 1, "no", "whole", "gloo", "0"),
     pytest.param("qwen3", "untied", "bfloat16", 2, "no", "parts", "cuda-ipc", "0", marks=two_gpus),
-    pytest.param("llama", "tied", "bfloat16", 2, "lora", "parts", "shm", "1", marks=two_gpus),
+    pytest.param("llama", "tied", "bfloat16", 2, "lora", "parts", "shm", "alone", marks=two_gpus),
 ]
 
 

@@ -188,7 +188,15 @@ class Broken:
         raise RuntimeError("the memory of this rank is gone")
 
 
-def cannot_read(rank, size):
+def read(how, source, number, start, out):
+    """In one of the two ways in which ranks read together."""
+    if how == "gather":
+        source.gather(lambda: [(number, start, out)])
+    else:
+        source.read(number, start, out)
+
+
+def cannot_read(rank, size, how):
     source, full = sharded_source()
     fine = source._held[0]
     if rank == 1:
@@ -198,10 +206,10 @@ def cannot_read(rank, size):
         with pytest.raises(
             SourceError, match=r"^rank 1: 'w' could not be read: RuntimeError: the memory of this"
         ) as caught:
-            source.read(0, 0, torch.empty(full.numel()))
+            read(how, source, 0, 0, torch.empty(full.numel()))
         assert caught.value.details["rank"] == 1
-    with pytest.raises(SourceError, match="rank 0: tensor number 9 could not be read"):
-        source.read(9, 0, torch.empty(4))
+    with pytest.raises(SourceError, match=r"rank 0: (tensor number 9|a bucket) could not be read"):
+        read(how, source, 9, 0, torch.empty(4))
     assert time.monotonic() - started < SOON
 
     # Nothing was half sent: the next read is whole again.
@@ -210,47 +218,49 @@ def cannot_read(rank, size):
     default_group_works(size)
 
 
-def test_an_error_while_reading_on_one_rank_is_the_same_on_all(lab):
-    lab(cannot_read, 2)
+@pytest.mark.parametrize("how", ["read", "gather"])
+def test_an_error_while_reading_on_one_rank_is_the_same_on_all(lab, how):
+    lab(cannot_read, 2, how=how)
 
 
-def dies_reading(rank, _):
+def dies_reading(rank, _, how):
     source, full = sharded_source()
     for _ in range(3):
-        source.read(0, 0, torch.empty(full.numel()))
+        read(how, source, 0, 0, torch.empty(full.numel()))
     if rank == 1:
-        source.ranks.send = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        source.ranks.send = source.ranks.to_leader = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     with contextlib.suppress(SourceError):
-        source.read(0, 0, torch.empty(full.numel()))
+        read(how, source, 0, 0, torch.empty(full.numel()))
     with pytest.raises(SourceError, match=f"rank {rank} .*waited in vain"):
-        source.read(0, 0, torch.empty(full.numel()))
+        read(how, source, 0, 0, torch.empty(full.numel()))
     assert time.monotonic() - started < SOON
 
 
-def cannot_send(rank, _):
+def cannot_send(rank, _, how):
     source, full = sharded_source()
 
     def send(*_):
         raise RuntimeError("no buffer space")
 
     if rank == 1:
-        source.ranks.send = send
+        source.ranks.send = source.ranks.to_leader = send
     started = time.monotonic()
     with pytest.raises(SourceError, match="no buffer space" if rank == 1 else "waited in vain"):
-        source.read(0, 0, torch.empty(full.numel()))
+        read(how, source, 0, 0, torch.empty(full.numel()))
     with pytest.raises(SourceError, match="has left the ranks' group"):
-        source.read(0, 0, torch.empty(full.numel()))
+        read(how, source, 0, 0, torch.empty(full.numel()))
     assert time.monotonic() - started < SOON
 
 
-def test_an_error_while_sending_is_an_error_on_all_others(lab):
-    lab(cannot_send, 2)
+@pytest.mark.parametrize("how", ["read", "gather"])
+def test_an_error_while_sending_is_an_error_on_all_others(lab, how):
+    lab(cannot_send, 2, how=how)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_a_rank_killed_while_it_sends_is_an_error_on_all_others(lab, size):
-    lab(dies_reading, size, dies={1})
+@pytest.mark.parametrize(("size", "how"), [(2, "read"), (4, "read"), (2, "gather")])
+def test_a_rank_killed_while_it_sends_is_an_error_on_all_others(lab, size, how):
+    lab(dies_reading, size, dies={1}, how=how)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

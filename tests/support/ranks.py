@@ -11,7 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from weightwire.updates.digest import scan
+from weightwire.updates.digest import scan, settle
 
 __all__ = ["Model", "Peak", "bits", "default_group_works", "gathered", "holder", "reads_frugally", "reads_like"]
 
@@ -70,6 +70,25 @@ def reads_like(source: Any, full: Mapping[str, torch.Tensor]) -> None:
             assert source.ranks.total([read]) == [scan(wanted, start)], (spec, start, length)
             if source.ranks.rank == 0:
                 assert torch.equal(bits(out), bits(wanted)), (spec, start, length)
+    if hasattr(source, "gather"):
+        gathers_like(source, full)
+
+
+def gathers_like(source: Any, full: Mapping[str, torch.Tensor]) -> None:
+    """The same of many runs that are gathered at once, as ranks with GPUs do it."""
+    specs = source.metadata()
+    device = "cpu" if source.ranks.rank == 0 else "meta"
+    runs, wanted = [], []
+    for number, spec in enumerate(specs):
+        for start, length in runs_of(spec.numel, _chance) if spec.numel else ():
+            runs.append((number, start, torch.zeros(length, dtype=full[spec.name].dtype, device=device)))
+            wanted.append(full[spec.name].reshape(-1)[start : start + length])
+    source.gather(lambda: runs)
+    if source.ranks.rank == 0:
+        for (number, start, out), run in zip(runs, wanted, strict=True):
+            assert torch.equal(bits(out), bits(run)), (specs[number], start)
+    totals = source.ranks.total(settle(source.scan_own()))
+    assert totals == [scan(full[spec.name].reshape(-1)) for spec in specs]
 
 
 class Model(torch.nn.Module):

@@ -6,7 +6,7 @@ needs more memory than the bucket being filled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -58,6 +58,17 @@ class SpreadSource(Source, Protocol):
     def parts(self, tensor: int) -> Mapping[int, Part]:
         """By rank, the parts that make up tensor number `tensor`, as the last `metadata` found them: the same on all
         ranks, and each element in one part."""
+
+    @property
+    def gathers(self) -> bool:
+        """Whether `gather` and `scan_own` are to be used, and not `read`: its ranks are on GPUs."""
+
+    def gather(self, runs: Callable[[], Sequence[tuple[int, int, torch.Tensor]]]) -> None:
+        """`read` of many runs (tensor, start, out) at once, without scans. `runs` is called on every rank, and what it
+        raises on one is raised on all."""
+
+    def scan_own(self) -> list[Scan | Pending]:
+        """For each tensor the scan of the elements of it that this rank is to send."""
 
     def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
         """Fill `out` (1-D, on the CPU) with this rank's own elements from `start` on, in the order of its part; their

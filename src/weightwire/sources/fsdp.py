@@ -1,8 +1,9 @@
 """Weights spread over the trainer's ranks as DTensors: FSDP2, HSDP, tensor parallelism, and mixtures of them.
 
 No rank ever sees a full tensor. Each run that is asked for is cut into what each rank holds of it, and every rank sends
-just that to rank 0, a few MiB at a time. `sources.deepspeed` does so with what ZeRO holds. For deltas each rank reads
-what it holds by itself, which `parts` shares out among replicas.
+just that to rank 0: a few MiB at a time by way of the CPU or, where each rank has a GPU of its own, a bucket at a time
+from GPU to GPU. `sources.deepspeed` does so with what ZeRO holds. For deltas each rank reads what it holds by itself,
+which `parts` shares out among replicas.
 """
 
 from __future__ import annotations
@@ -23,12 +24,13 @@ from weightwire.sources.ranks import Ranks
 from weightwire.sources.tensors import state_of
 from weightwire.updates.adapter import check_adapter
 from weightwire.updates.boxes import NOTHING, Box, Part, intersect, rectangles, strides_of
-from weightwire.updates.digest import NO_DIGEST, Scan, scan_box
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_box, scan_boxes_any
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["FsdpPeftSource", "FsdpSource", "Held", "held", "held_run", "holders"]
 
 _MESSAGE_BYTES = 4 << 20
+_ALIGNMENT = 16  # bytes; of every dtype, and of what a GPU copies at once
 
 
 class FsdpSource:
@@ -39,6 +41,8 @@ class FsdpSource:
     """
 
     lora: Mapping[str, Any] | None = None
+    gathers = False
+    """Whether ranks gather what is on their GPUs over NCCL, as of the last `metadata`."""
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class FsdpSource:
         self._specs: list[TensorSpec] = []
         self._holders: list[dict[Box, int]] = []
         self._held: list[Held] = []
+        self._memory = torch.device("cpu")  # where messages are made
 
     def metadata(self) -> Sequence[TensorSpec]:
         """Look the parameters up anew, and agree with the other ranks on what they are and who holds what.
@@ -78,6 +83,8 @@ class FsdpSource:
             for spec, of_ranks, each in zip(listing.specs, boxes, self._held, strict=True)
         ]
         self._specs, self.aliases = listing.specs, listing.aliases
+        gpu = self._gpu()
+        self.gathers, self._memory = self.ranks.on_gpus(gpu), gpu or torch.device("cpu")
         return self._specs
 
     def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
@@ -87,7 +94,7 @@ class FsdpSource:
         scan = Scan(NO_DIGEST, 0)
         error: WeightwireError | None = None
         try:
-            for block in self._blocks(tensor, start, stop, self.ranks.rank):
+            for block in self._messages(tensor, start, stop, self.ranks.rank):
                 # Where the weights are on the CPU these are views, else copies of at most one run in all.
                 mine.append(self._held[tensor].part(block.box).to("cpu"))
                 scan += scan_box(mine[-1], block.box, self._held[tensor].shape)
@@ -107,6 +114,47 @@ class FsdpSource:
             self.ranks.close()
             raise _as_error(failed, repr(self._specs[tensor].name)) from failed
         return scan
+
+    def gather(self, runs: Callable[[], Sequence[tuple[int, int, torch.Tensor]]]) -> None:
+        """See `SpreadSource.gather`: one message from each rank, whose memory is free again afterwards."""
+        rank = self.ranks.rank
+        nbytes = [0] * self.ranks.size
+        parts: list[_Gathered] = []
+        mine, what = torch.empty(0, dtype=torch.uint8), "a bucket"
+        error: WeightwireError | None = None
+        try:
+            for tensor, start, out in runs():
+                for block in self._blocks(tensor, start, start + out.numel()):
+                    parts.append(_Gathered(tensor, start, out, block, nbytes[block.rank]))
+                    size = math.prod(block.box.shape) * self._specs[tensor].itemsize
+                    nbytes[block.rank] += -(-size // _ALIGNMENT) * _ALIGNMENT
+            mine = torch.empty(nbytes[rank] if rank else 0, dtype=torch.uint8, device=self._memory)
+            for part in parts:
+                if rank == part.block.rank != 0:
+                    what = repr(self._specs[part.tensor].name)
+                    self._in_message(mine, part).copy_(self._held[part.tensor].part(part.block.box))
+        except Exception as failed:
+            error = _as_error(failed, what)
+        # Nobody sends before everybody can.
+        self.ranks.agree(error)
+        try:
+            messages = self.ranks.to_leader(mine, nbytes)
+            for part in parts if rank == 0 else ():
+                if (holder := part.block.rank) == 0:
+                    data = self._held[part.tensor].part(part.block.box)
+                else:
+                    data = self._in_message(messages[holder], part)
+                self._place(part.tensor, part.start, part.out, part.block).copy_(data)
+        except Exception as failed:
+            self.ranks.close()
+            raise _as_error(failed, "a bucket") from failed
+
+    def scan_own(self) -> list[Scan | Pending]:
+        """Of each tensor what this rank is to send of it; over all ranks they add up to the whole."""
+        mine = [{holder: box for box, holder in boxes.items()}.get(self.ranks.rank) for boxes in self._holders]
+        held = zip(self._held, mine, strict=True)
+        scans = iter(scan_boxes_any([(each.part(box), box, each.shape) for each, box in held if box is not None]))
+        return [Scan(NO_DIGEST, 0) if box is None else next(scans) for box in mine]
 
     def parts(self, tensor: int) -> Mapping[int, Part]:
         """See `SpreadSource.parts`; replicas have it in the lowest rank."""
@@ -144,10 +192,8 @@ class FsdpSource:
             out.copy_(assembled)
             return
         own = iter(mine)
-        for block in self._blocks(tensor, start, start + out.numel(), None):
-            first = sum(a * b for a, b in zip(block.within.start, strides_of(self._held[tensor].shape), strict=True))
-            run = out[first - start : first - start + math.prod(block.within.shape)]
-            place = _part(run.view(block.within.shape), block.within.start, block.box)
+        for block in self._messages(tensor, start, start + out.numel(), None):
+            place = self._place(tensor, start, out, block)
             if block.rank == 0:
                 place.copy_(next(own))
             elif place.is_contiguous():
@@ -157,14 +203,38 @@ class FsdpSource:
                 self.ranks.receive(_bytes_of(arrived), block.rank)
                 place.copy_(arrived)
 
-    def _blocks(self, tensor: int, start: int, stop: int, rank: int | None) -> Iterator[_Block]:
+    def _messages(self, tensor: int, start: int, stop: int, rank: int | None) -> Iterator[_Block]:
         """The messages of which a run is made, in the order in which all ranks know them; of one rank, or of all."""
         limit = _MESSAGE_BYTES // self._specs[tensor].itemsize
+        for block in self._blocks(tensor, start, stop):
+            if rank in (None, block.rank):
+                for box in _split(block.box, limit):
+                    yield block._replace(box=box)
+
+    def _blocks(self, tensor: int, start: int, stop: int) -> Iterator[_Block]:
+        """What each rank holds of a run."""
         for within in rectangles(self._held[tensor].shape, start, stop):
             for box, holder in self._holders[tensor].items():
-                if rank in (None, holder) and (shared := intersect(within, box)) is not None:
-                    for block in _split(shared, limit):
-                        yield _Block(holder, within, block)
+                if (shared := intersect(within, box)) is not None:
+                    yield _Block(holder, within, shared)
+
+    def _place(self, tensor: int, start: int, out: torch.Tensor, block: _Block) -> torch.Tensor:
+        """Where a block goes in `out`, the elements of a tensor from `start` on."""
+        first = sum(a * b for a, b in zip(block.within.start, strides_of(self._held[tensor].shape), strict=True))
+        run = out[first - start : first - start + math.prod(block.within.shape)]
+        return _part(run.view(block.within.shape), block.within.start, block.box)
+
+    def _in_message(self, message: torch.Tensor, part: _Gathered) -> torch.Tensor:
+        """Where a rank's message has a block."""
+        shape = part.block.box.shape
+        dtype = getattr(torch, self._specs[part.tensor].dtype)
+        return message[part.at : part.at + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    def _gpu(self) -> torch.device | None:
+        """The one GPU on which everything is that this rank holds, if so."""
+        devices = {each.local.device for each in self._held if each.local.numel()}
+        (one,) = devices if len(devices) == 1 else (torch.device("cpu"),)
+        return one if one.type == "cuda" else None
 
     def _hold(self, name: str, tensor: torch.Tensor) -> Held:
         """What this rank holds of one tensor of the state."""
@@ -245,6 +315,16 @@ class _Block(NamedTuple):
     rank: int
     within: Box
     box: Box
+
+
+class _Gathered(NamedTuple):
+    """A block of a run that is gathered, `at` so many bytes in its rank's message."""
+
+    tensor: int
+    start: int
+    out: torch.Tensor
+    block: _Block
+    at: int
 
 
 def held_run(size: int, cuts: Sequence[tuple[int, int, int]]) -> tuple[int, int] | None:

@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator, Sequence
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import torch
 import torch.distributed as dist
 
 from weightwire.errors import SourceError, WeightwireError
+from weightwire.transports.cuda_driver import uuid_of
+from weightwire.transports.nccl_group import make_group
 from weightwire.updates.digest import Digest, Scan
 
 __all__ = ["Ranks"]
 
 _MASK = (1 << 64) - 1
+_LOOK_SECONDS = 0.0002
+_AHEAD = 2  # gatherings on a GPU that may be under way at a time
 
 
 class Ranks:
@@ -37,8 +44,12 @@ class Ranks:
     >>> dist.destroy_process_group()
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
         self._group: dist.ProcessGroup | None = group
+        self._timeout = timeout
+        self._gpus: list[bytes] = []
+        self._over_gpus: Any = None
+        self._under_way: list[Any] = []
         self._closed = "it was closed"
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
@@ -53,7 +64,7 @@ class Ranks:
         if not dist.is_gloo_available():
             raise SourceError("this build of torch has no gloo, over which the ranks talk")
         try:
-            return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)))
+            return cls(dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout)), timeout)
         except Exception as error:
             raise SourceError(
                 f"waited in vain for all {dist.get_world_size()} ranks to form a group: {_reason(error)}",
@@ -113,13 +124,66 @@ class Ranks:
         with self._waiting(f"{out.numel()} bytes from rank {source}") as group:
             dist.recv(out, source, group=group)
 
+    def on_gpus(self, device: torch.device | None) -> bool:
+        """Whether every rank has a GPU of its own, this one `device`: then `to_leader` goes from GPU to GPU."""
+        name = uuid_of(device).encode() if device is not None and dist.is_nccl_available() else b""
+        table = torch.zeros(64, dtype=torch.uint8)
+        table[: len(name)] = torch.tensor([*name], dtype=torch.uint8)
+        gpus = [bytes(each.tolist()).rstrip(b"\0") for each in self.gather(table)]
+        if device is None or not all(gpus) or len({*gpus}) < max(self.size, 2):
+            return False  # NCCL refuses two ranks on one GPU
+        if gpus != self._gpus:
+            self._leave_gpus()
+            self._gpus, key = gpus, self.share(secrets.token_hex(16).encode()).decode()
+            error: WeightwireError | None = None
+            try:
+                with torch.cuda.device(device), self._waiting("a group over NCCL"):
+                    store = dist.distributed_c10d._get_default_store()
+                    self._over_gpus = make_group(store, f"weightwire/{key}", self.rank, self.size, self._wait)
+            except WeightwireError as failed:
+                error = failed
+            self.agree(error)
+        return True
+
+    def to_leader(self, mine: torch.Tensor, counts: Sequence[int]) -> list[torch.Tensor]:
+        """Rank 0 gets every other rank's `mine` (1-D uint8), of `counts[rank]` bytes, and sends none; the others get
+        nothing. Where `on_gpus` said so they are on GPUs, and come on the current stream: this thread waits only for
+        those of a while ago."""
+        leads = self.rank == 0
+        parts = [0, *counts[1:]] if leads else [0] * self.size
+        arrived = torch.empty(sum(parts), dtype=torch.uint8, device=mine.device)
+        with self._waiting("the parts of all ranks") as group:
+            if mine.device.type == "cuda":
+                group = self._over_gpus
+            work = group.alltoall_base(arrived, mine, parts, [0 if leads else mine.numel()] + [0] * (self.size - 1))
+            work.wait()  # of a GPU the stream does, not this thread
+            self._under_way.append(work)
+            while len(self._under_way) > _AHEAD:
+                self._wait(self._under_way.pop(0).is_completed, "the parts of all ranks to arrive")
+        return [*torch.split(arrived, parts)]
+
     def close(self) -> None:
         """Leave the group. The default group and all others stay."""
+        self._leave_gpus()
         group, self._group = self._group, None
         # The trainer may have taken everything down before us.
         if group is not None and dist.is_initialized():
             with contextlib.suppress(ValueError):
                 dist.destroy_process_group(group)
+
+    def _leave_gpus(self) -> None:
+        group, self._over_gpus, self._gpus = self._over_gpus, None, []
+        self._under_way.clear()
+        if group is not None:
+            with contextlib.suppress(RuntimeError):
+                group.abort()  # whatever is under way would wait for ever
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        until = time.monotonic() + self._timeout
+        while not ready():
+            if time.monotonic() > until:
+                raise TimeoutError(f"{what} took more than {self._timeout:g} s")
+            time.sleep(_LOOK_SECONDS)
 
     def _lowest(self, here: bool) -> int | None:
         """The lowest rank that passed True."""

@@ -9,22 +9,18 @@ broadcast is over, and aborts the group when its time is.
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Sender, Wait, Weights
 from weightwire.transports.cuda_driver import uuid_of
+from weightwire.transports.nccl_group import make_group
 from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_until
 from weightwire.updates.buckets import Bucket
 
@@ -33,16 +29,7 @@ __all__ = ["Nccl", "fetch", "probe"]
 _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
 _AHEAD = 3  # buckets a worker has memory for
-_GRACE_SECONDS = 600.0
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
-# Torch watches over its groups and, when one hangs, ends the process: an engine must outlive its trainer.
-_UNWATCHED = {
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_PROPAGATE_ERROR": "0",
-}
-_environment = threading.Lock()
 
 
 class _Group(NamedTuple):
@@ -132,7 +119,7 @@ class _Sender:
     def send(self, bucket: Bucket) -> None:
         with torch.cuda.device(self._owner._device), as_transport_error("nccl", "sending"):
             if self._owner._group is None:
-                group = _make(self._store, self._key, 0, self._world, self._wait)
+                group = make_group(self._store, self._key, 0, self._world, self._wait)
                 self._owner._group = _Group(self._key, self._members, group)
             group = self._owner._group.group
             self._sent.append(group.broadcast([self._buffers[bucket.index % 2][: bucket.nbytes]], FROM_TRAINER))
@@ -202,7 +189,7 @@ def _join(place: Place, arrivals: Arrivals) -> None:
     with as_transport_error("nccl", "joining the trainer's group"):
         store = connect("nccl", place, arrivals.lease)
         rank = place.first + arrivals.rank
-        group = _make(store, place.key, rank, place.world, lambda ready, what: wait_until(ready, arrivals))
+        group = make_group(store, place.key, rank, place.world, lambda ready, what: wait_until(ready, arrivals))
     _joined.append(_Group(place.key, store, group))
 
 
@@ -215,47 +202,3 @@ def _wait(work: Any, arrivals: Arrivals) -> None:
     wait_until(work.is_completed, arrivals, _LOOK_SECONDS)
     with as_transport_error("nccl", "receiving"):
         work.wait()  # the current stream, not this thread
-
-
-def _make(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any:
-    """Form the group. NCCL cannot be interrupted while it does, so nobody begins before all are there, and it is done
-    on a thread of its own: one whose peer has failed meanwhile is left behind there."""
-    store.set(f"{key}/here/{rank}", "")  # beside what NCCL itself keeps under the key
-    wait(lambda: bool(store.check([f"{key}/here/{other}" for other in range(world)])), "every rank to join the group")
-    device = torch.cuda.current_device()
-    made: Future[Any] = Future()
-
-    def form() -> None:
-        try:
-            torch.cuda.set_device(device)
-            nccl: Any = dist.ProcessGroupNCCL
-            options = nccl.Options()
-            options._timeout = timedelta(seconds=_GRACE_SECONDS)
-            with _unwatched():
-                group = nccl(PrefixStore(key, store), rank, world, options)
-            hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
-            group.broadcast([hello], FROM_TRAINER).wait()
-            torch.cuda.current_stream().synchronize()
-            made.set_result(group)
-        except BaseException as error:
-            made.set_exception(error)
-
-    threading.Thread(target=form, name="weightwire-nccl", daemon=True).start()
-    wait(made.done, "the group to form")
-    return made.result()
-
-
-@contextlib.contextmanager
-def _unwatched() -> Iterator[None]:
-    # A group reads these once, when it is made; the trainer's own groups are to keep theirs.
-    with _environment:
-        before = {name: os.environ.get(name) for name in _UNWATCHED}
-        os.environ.update(_UNWATCHED)
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
-                else:
-                    os.environ[name] = value

@@ -269,6 +269,27 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | Non
     return [*digest_cuda.scan_again(runs, device or tensors[0].device)]
 
 
+def scan_boxes_any(parts: Sequence[tuple[torch.Tensor, Box, Sequence[int]]]) -> list[Scan | Pending]:
+    """`scan_box` of each of many parts; of those on a GPU, one and the same, by one launch on its current stream.
+
+    >>> scan_boxes_any([(torch.ones(2), Box((0,), (2,)), (2,))]) == [scan(torch.ones(2))]
+    True
+    """
+    if any(elements.device.type != "cuda" for elements, _, _ in parts):
+        return [scan_box(*part) for part in parts]
+    if not parts:
+        return []
+    from weightwire.updates import digest_cuda
+
+    lines = [
+        digest_cuda.lines_of(elements.data_ptr(), box, elements.stride(), shape, elements.dtype)
+        for elements, box, shape in parts
+    ]
+    scans = iter(digest_cuda.scan_lines(digest_cuda.table([*itertools.chain(*lines)], parts[0][0].device)))
+    nothing: Scan | Pending = Scan(NO_DIGEST, 0)
+    return [functools.reduce(lambda a, b: b + a, itertools.islice(scans, len(of_part)), nothing) for of_part in lines]
+
+
 def _run_of(elements: torch.Tensor) -> torch.Tensor:
     flat = elements.detach().reshape(-1).contiguous()
     return flat.as_strided((flat.numel(),), (1,))  # the stride of one element, or of none, may be anything

@@ -1,0 +1,74 @@
+"""A process group over NCCL that nobody else knows of, made over a store, and whose making can be given up."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+
+from weightwire.transports.base import Wait
+from weightwire.transports.store import FROM_TRAINER
+
+__all__ = ["make_group"]
+
+_GRACE_SECONDS = 600.0
+# Torch watches over its groups and, when one hangs, ends the process: this one's must outlive its peers.
+_UNWATCHED = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    "TORCH_NCCL_PROPAGATE_ERROR": "0",
+}
+_environment = threading.Lock()
+
+
+def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any:
+    """Form a group on the current device. NCCL cannot be interrupted while it does, so nobody begins before all are
+    there, and it is done on a thread of its own: one whose peer has failed meanwhile is left behind there."""
+    store.set(f"{key}/here/{rank}", "")  # beside what NCCL itself keeps under the key
+    wait(lambda: bool(store.check([f"{key}/here/{other}" for other in range(world)])), "every rank to join the group")
+    device = torch.cuda.current_device()
+    made: Future[Any] = Future()
+
+    def form() -> None:
+        try:
+            torch.cuda.set_device(device)
+            nccl: Any = dist.ProcessGroupNCCL
+            options = nccl.Options()
+            options._timeout = timedelta(seconds=_GRACE_SECONDS)
+            with _unwatched():
+                group = nccl(PrefixStore(key, store), rank, world, options)
+            hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
+            group.broadcast([hello], FROM_TRAINER).wait()
+            torch.cuda.current_stream().synchronize()
+            made.set_result(group)
+        except BaseException as error:
+            made.set_exception(error)
+
+    threading.Thread(target=form, name="weightwire-nccl", daemon=True).start()
+    wait(made.done, "the group to form")
+    return made.result()
+
+
+@contextlib.contextmanager
+def _unwatched() -> Iterator[None]:
+    # A group reads these once, when it is made; the trainer's own groups are to keep theirs.
+    with _environment:
+        before = {name: os.environ.get(name) for name in _UNWATCHED}
+        os.environ.update(_UNWATCHED)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
