@@ -304,6 +304,9 @@ class Host:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return [await asyncio.to_thread(receiver.handle, op, arguments, body) for receiver in self.receivers]
 
+    async def before_pause(self) -> None:
+        pass
+
     async def pause(self, mode: str, keep_cache: Any) -> None:
         self.paused = True
 

@@ -150,6 +150,9 @@ class FakeHost:
         calls = [asyncio.to_thread(receiver.handle, op, arguments, body) for receiver in self.receivers]
         return list(await asyncio.gather(*calls))
 
+    async def before_pause(self) -> None:
+        pass
+
     async def pause(self, mode: str, keep_cache: Any) -> None:
         await self._hook("pause")
         self.log.append(f"pause {mode} {keep_cache}")

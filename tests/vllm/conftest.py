@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import pytest
 
 from support.scripts import last_json
@@ -154,7 +155,8 @@ def _wait_ready(server: Server) -> None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server, then whatever is left of the session it leads."""
+    """End the server, then whatever is left of the session it leads, and of what that had in shared memory."""
+    segments = _segments(process.pid)
     if process.poll() is None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -162,6 +164,19 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+
+
+def _segments(session: int) -> set[Path]:
+    """What the processes of a session have mapped of /dev/shm. vLLM's own are removed by one of them, if it is let."""
+    found: set[Path] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError):
+            if os.getsid(process.pid) == session:
+                maps = Path(f"/proc/{process.pid}/maps").read_text().split()
+                found |= {Path(word) for word in maps if word.startswith("/dev/shm/")}
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,9 @@ class Host(Protocol):
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
 
+    async def before_pause(self) -> None:
+        """Find out what `resume` will have to know, while the engine still generates."""
+
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         """Stand between two model steps, with in-flight requests and the cache dealt with as asked."""
 
@@ -125,6 +128,7 @@ class Control:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
             if in_place:
+                await self._look(deadline - time.monotonic())
                 await self._in_time(self.host.pause("keep", True), deadline - time.monotonic(), "begin")
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
                 if address is not None:
@@ -149,7 +153,7 @@ class Control:
     async def commit(self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
         deadline = time.monotonic() + timeout
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
-        if self._is_sealed_adapter(id) or await self._hold(id, timeout) == "adapter":
+        if self._is_sealed_adapter(id) or (await asyncio.gather(self._hold(id, timeout), self._look(timeout)))[0]:
             return await self._commit_adapter(id, deadline)
         started = time.monotonic()
         try:
@@ -179,14 +183,17 @@ class Control:
         """Whether it was sealed from here a moment ago, so that every rank still holds it."""
         return self._sealed is not None and self._sealed[0] == id and time.monotonic() < self._sealed[1]
 
-    async def _hold(self, id: str, timeout: float) -> str:
-        """Make sure that every rank has sealed this update: its kind. From here on the lease cannot end, since a pause
-        may have to wait for long requests."""
+    async def _look(self, timeout: float) -> None:
+        await self._in_time(self.host.before_pause(), timeout, "pause")
+
+    async def _hold(self, id: str, timeout: float) -> bool:
+        """Make sure that every rank has sealed this update: whether it is an adapter. From here on the lease cannot
+        end, since a pause may have to wait for long requests."""
         hold = timeout + _CLEAN_UP_SECONDS
         ranks = await self._all("poll", timeout, phase="commit", id=id, hold=hold)
         if any(rank["state"] != "sealed" for rank in ranks):
             raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
-        return str(ranks[0]["kind"])
+        return bool(ranks[0]["kind"] == "adapter")
 
     async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
         """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""

@@ -169,6 +169,9 @@ class _Host:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return [await in_thread(lambda: self.receiver.handle(op, arguments, body))]
 
+    async def before_pause(self) -> None:
+        pass
+
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         # A lock belongs to the thread that takes it; this one holds it until `resume`.
         taken, release = threading.Event(), threading.Event()

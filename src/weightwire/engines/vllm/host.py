@@ -62,11 +62,12 @@ class AsyncHost:
         except Exception as error:
             raise _lost(error, self.name) from error
 
-    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
-        # Both at once: what is asked is asked of the workers, for which it makes no difference.
-        self._stays_paused, _ = await asyncio.gather(self._partly_asleep(), self._pause(mode, keep_cache))
+    async def before_pause(self) -> None:
+        # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever
+        # put the engine to sleep lets it generate again.
+        self._stays_paused = any(map(decode_reply, await self.call("asleep", encode_call(), None, 0.0)))
 
-    async def _pause(self, mode: Pause, keep_cache: KeepCache) -> None:
+    async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         core, config = self._engine.engine_core, self._engine.vllm_config
         if self._engine.model_config.is_multimodal_model or not supports(core, "pause_scheduler_async"):
             # With images there are caches that only this resets.
@@ -102,11 +103,6 @@ class AsyncHost:
         if supports(self._engine, "update_weight_version"):
             await self._engine.update_weight_version(str(version))
 
-    async def _partly_asleep(self) -> bool:
-        # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever
-        # put the engine to sleep lets it generate again.
-        return any(map(decode_reply, await self.call("asleep", encode_call(), None, 0.0)))
-
     def _refuse_replicas(self) -> None:
         # Only here is it known: each replica of a model without experts believes that it is alone.
         size = self._engine.vllm_config.parallel_config.data_parallel_size
@@ -141,6 +137,9 @@ class SyncHost:
             return list(await self._in_turn(lambda: self._llm.collective_rpc(CALL, args=(op, arguments, body))))
         except Exception as error:
             raise _lost(error, self.name) from error
+
+    async def before_pause(self) -> None:
+        pass
 
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         if keep_cache is not True:

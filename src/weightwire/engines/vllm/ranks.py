@@ -83,6 +83,9 @@ class AllRanks:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return self._ranks.gather(self._ends.handle(op, arguments, body))
 
+    async def before_pause(self) -> None:
+        pass
+
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         pass
 

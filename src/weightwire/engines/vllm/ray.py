@@ -62,6 +62,9 @@ class _RayHost:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         return list(await self._ask("call", op, arguments, body, timeout))
 
+    async def before_pause(self) -> None:
+        await self._ask("before_pause")
+
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         await self._ask("pause", mode, keep_cache)
 
@@ -177,7 +180,7 @@ class _Place:
                 return {"value": None}
             case "list":
                 return self._start(self._host.list([Revision(*entry) for entry in arguments[0]]))
-            case "call" | "pause" | "resume" | "refuse" | "label" | "in_use":
+            case "call" | "before_pause" | "pause" | "resume" | "refuse" | "label" | "in_use":
                 return self._start(getattr(self._host, method)(*arguments))
         raise UsageError(f"unknown call {method!r}", next_step="Use the same version of weightwire on both sides.")
 
