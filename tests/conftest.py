@@ -36,6 +36,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: 0 if item.get_closest_marker("spread") else 1 if _lab(item) else 2)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Without groups all is still right, but takes twice as long: that must not happen unseen."""
+    apart = [item.nodeid for item in session.items if item.get_closest_marker("xdist_group") and "@" not in item.nodeid]
+    if apart and getattr(session.config.option, "loadgroup", False):
+        raise pytest.UsageError(f"pytest-xdist does not keep together what shares fixtures: {apart[0]}")
+
+
 def _lab(item: pytest.Item) -> str | None:
     return next((name for name in getattr(item, "fixturenames", ()) if name in ("lab", "trainer_lab")), None)
 
