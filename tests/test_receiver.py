@@ -703,11 +703,40 @@ def test_a_failed_check_ends_the_update_and_changes_nothing() -> None:
     assert receiver.status()["poisoned"] is None
 
 
-def _settle(receiver: Receiver) -> None:
+def test_what_a_trainer_left_is_swept_when_it_is_silent_after_its_commit_or_before_it() -> None:
+    swept: list[str] = []
+    receiver = Receiver(FakeTarget(), no_fetch, sweep=swept.append)
+
+    def update(id: str, version: int, lease: float) -> None:
+        receiver.begin(id, manifest_of(version), "trainer", lease)
+        receiver.poll(id, hold=600.0)
+        for index, body in enumerate(bodies(manifest_of(version), version)):
+            receiver.put(id, index, body)
+        _settle(receiver, id)
+        receiver.seal(id, digests(version))
+        _settle(receiver, id)
+        receiver.commit(id)
+
+    update("followed", 1, 600.0)
+    update("last", 2, 2.0)
+    _wait_for(lambda: swept == ["last"])
+    receiver.begin("aborted", manifest_of(3), "trainer", 600.0)
+    receiver.abort("aborted")
+    _wait_for(lambda: swept == ["last", "aborted"])
+    update("held until the end", 3, 600.0)
+    receiver.close()
+    assert swept == ["last", "aborted"]
+
+
+def _wait_for(ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while receiver.poll("u")["busy"]:
+    while not ready():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def _settle(receiver: Receiver, id: str = "u") -> None:
+    _wait_for(lambda: not receiver.poll(id)["busy"])
 
 
 def staged_adapter(receiver: Receiver, version: int) -> str:

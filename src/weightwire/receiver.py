@@ -115,6 +115,8 @@ class _Update:
     sealed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    followed: threading.Event = field(default_factory=threading.Event)
+    """Set once nobody is waited for any more that might send another."""
 
 
 class Receiver:
@@ -155,6 +157,7 @@ class Receiver:
         self._lock = threading.RLock()
         self._closed = False
         self._update: _Update | None = None
+        self._followed = threading.Event()
         self._ended: dict[str, str] = {}
         self._proofs: tuple[str, Future[dict[str, Any]]] | None = None
         self._revisions = Revisions(keep)
@@ -215,6 +218,8 @@ class Receiver:
                     f"the staged copy needs {staging.nbytes} bytes on rank {self._rank}, {room} may be used",
                     next_step="Free memory on the engine's machine, or raise WEIGHTWIRE_STAGING_LIMIT if it is set.",
                 )
+            self._followed.set()
+            self._followed = threading.Event()
             self._update = _Update(
                 id=id,
                 manifest=manifest,
@@ -228,6 +233,7 @@ class Receiver:
                 buckets=cut(manifest),
                 scans=[Scan(NO_DIGEST, 0)] * len(manifest.tensors),
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
+                followed=self._followed,
             )
             if self._background:
                 threading.Thread(target=self._watch, args=(self._update,), name="weightwire-lease", daemon=True).start()
@@ -539,6 +545,7 @@ class Receiver:
             if self._update is not None:
                 self._end(self._update, "the engine was closed")
             self._closed = True
+            self._followed.set()
         if self._pool is not None:
             # What waits there sees that its update is over, and lets go of its memory.
             self._pool.shutdown(wait=True)
@@ -683,6 +690,11 @@ class Receiver:
         while not update.cancelled.wait(max(update.expires - self._clock(), 0.01)):
             with self._lock:
                 self._expire()
+        # A trainer that is as silent after its commit may be gone as well, and what it left here with it.
+        if not update.followed.wait(update.lease):
+            with self._lock:
+                if self._update is None and not self._closed:
+                    self._submit(lambda: self._sweep(update.id))
 
     def _expire(self) -> None:
         update = self._update
@@ -707,6 +719,7 @@ class Receiver:
 
     def _end(self, update: _Update, reason: str) -> None:
         update.cancelled.set()
+        update.followed.set()
         self._update = None
         self._remember(update.id, reason)
         if update.revision is not None:

@@ -148,8 +148,9 @@ def probe(offer: str) -> str | None:
 
 
 def sweep(update: str) -> None:
-    """Remove what a trainer that died may have left of an update."""
+    """Remove what a trainer that died may have left of an update, and let go of what it lent."""
     shm.sweep(update)
+    cuda_ipc.sweep()
 
 
 def is_local(host: str) -> bool:

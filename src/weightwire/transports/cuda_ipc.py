@@ -1,8 +1,9 @@
 """A trainer's own GPU memory, lent to the engines of the same host until they have committed.
 
 Nothing is sent but the handles of the allocations that hold the weights, and where in them each tensor lies. An engine
-opens each allocation once and keeps it open for as long as the trainer names it. The engine may be on the same GPU or
-on another one that can reach it.
+opens each allocation once and keeps it open for as long as the trainer names it and is heard of: until then the GPU
+does not get it back, even if the trainer has freed it, or died. The engine may be on the same GPU or on another one
+that can reach it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from weightwire.transports import cuda_driver
 from weightwire.transports.base import Weights
 from weightwire.updates.manifest import TensorSpec
 
-__all__ = ["CudaIpc", "open_lent", "probe"]
+__all__ = ["CudaIpc", "open_lent", "probe", "sweep"]
 
 _SECRET_BYTES = 16
 
@@ -127,6 +128,13 @@ class _Opened:
             self._last = ((address, tensors), Lent(found, here))
             return self._last[1]
 
+    def close(self) -> None:
+        """Close everything. Nothing may be reading it any more."""
+        with self._lock:
+            self._last = (None, Lent([]))
+            while self._open:
+                cuda_driver.close_handle(self._open.popitem()[1][0])
+
 
 _opened = _Opened()
 
@@ -139,6 +147,11 @@ def open_lent(address: str, tensors: Sequence[TensorSpec]) -> Lent:
             raise UsageError("what is lent are other tensors than the manifest's")
         return Lent(found, found[0].device.index in (None, torch.cuda.current_device()))
     return _opened.take(address, tuple(tensors))
+
+
+def sweep() -> None:
+    """The worker's half, once nothing is heard of the trainer any more: its memory is given back."""
+    _opened.close()
 
 
 def probe(offer: str) -> str | None:

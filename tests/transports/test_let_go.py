@@ -1,0 +1,35 @@
+"""What a worker lets go of when its trainer is silent, as far as that can be seen without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from weightwire import transports
+from weightwire.transports import cuda_driver, cuda_ipc
+
+
+@pytest.fixture
+def closed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Addresses that were closed, of a process that has two allocations open."""
+    addresses: list[int] = []
+    monkeypatch.setattr(cuda_driver, "close_handle", addresses.append)
+    monkeypatch.setattr(cuda_ipc._opened, "_open", {b"one": (16, 8), b"two": (32, 8)})
+    return addresses
+
+
+def test_memory_that_was_lent_is_closed_once(closed: list[int]) -> None:
+    for _ in range(2):
+        transports.sweep("0123456789abcdef" * 2)
+    assert sorted(closed) == [16, 32]
+
+
+def test_one_that_cannot_be_closed_is_not_closed_again(closed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(address: int) -> None:
+        closed.append(address)
+        raise OSError("the driver refuses")
+
+    monkeypatch.setattr(cuda_driver, "close_handle", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="the driver refuses"):
+            transports.sweep("0123456789abcdef" * 2)
+    assert sorted(closed) == [16, 32]
