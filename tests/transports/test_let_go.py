@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import pytest
 
 from weightwire import transports
-from weightwire.transports import cuda_driver, cuda_ipc
+from weightwire.transports import cuda_driver, cuda_ipc, nccl, nccl_group
 
 
 @pytest.fixture
@@ -33,3 +36,17 @@ def test_one_that_cannot_be_closed_is_not_closed_again(closed: list[int], monkey
         with pytest.raises(OSError, match="the driver refuses"):
             transports.sweep("0123456789abcdef" * 2)
     assert sorted(closed) == [16, 32]
+
+
+def test_an_abort_that_hangs_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    class Stuck:
+        def abort(self) -> None:
+            over.wait(60)
+
+    monkeypatch.setattr(nccl_group, "_ABORT_SECONDS", 0.1)
+    started = time.monotonic()
+    nccl._Group("key", None, Stuck()).abort()
+    over.set()
+    assert time.monotonic() - started < 30

@@ -20,7 +20,7 @@ from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Sender, Wait, Weights
 from weightwire.transports.cuda_driver import uuid_of
-from weightwire.transports.nccl_group import make_group
+from weightwire.transports.nccl_group import abort_group, make_group
 from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_until
 from weightwire.updates.buckets import Bucket
 
@@ -40,8 +40,7 @@ class _Group(NamedTuple):
     group: Any
 
     def abort(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.group.abort()
+        abort_group(self.group)
 
 
 class Nccl:

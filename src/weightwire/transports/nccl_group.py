@@ -17,9 +17,10 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from weightwire.transports.base import Wait
 from weightwire.transports.store import FROM_TRAINER
 
-__all__ = ["make_group"]
+__all__ = ["abort_group", "make_group"]
 
 _GRACE_SECONDS = 600.0
+_ABORT_SECONDS = 10.0
 # Torch watches over its groups and, when one hangs, ends the process: this one's must outlive its peers.
 _UNWATCHED = {
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
@@ -37,6 +38,7 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
     wait(lambda: bool(store.check([f"{key}/here/{other}" for other in range(world)])), "every rank to join the group")
     device = torch.cuda.current_device()
     made: Future[Any] = Future()
+    begun: list[Any] = []
 
     def form() -> None:
         try:
@@ -46,6 +48,7 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
             options._timeout = timedelta(seconds=_GRACE_SECONDS)
             with _unwatched():
                 group = nccl(PrefixStore(key, store), rank, world, options)
+            begun.append(group)
             hello = torch.zeros(1, dtype=torch.uint8, device="cuda")
             group.broadcast([hello], FROM_TRAINER).wait()
             torch.cuda.current_stream().synchronize()
@@ -54,8 +57,27 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
             made.set_exception(error)
 
     threading.Thread(target=form, name="weightwire-nccl", daemon=True).start()
-    wait(made.done, "the group to form")
-    return made.result()
+    try:
+        wait(made.done, "the group to form")
+        return made.result()
+    except BaseException:
+        # What it has queued would wait on this GPU for ever, and with it all that waits for the GPU.
+        for group in begun:
+            abort_group(group)
+        raise
+
+
+def abort_group(group: Any) -> None:
+    """End a group and what it has queued. Torch would wait for that as long as for a broadcast, so this goes on without
+    it after a while."""
+
+    def abort() -> None:
+        with contextlib.suppress(RuntimeError):
+            group.abort()
+
+    thread = threading.Thread(target=abort, name="weightwire-nccl-abort", daemon=True)
+    thread.start()
+    thread.join(_ABORT_SECONDS)
 
 
 @contextlib.contextmanager
