@@ -48,13 +48,3 @@ def test_a_hundred_updates_leave_memory_as_it_was(tmp_path: Path) -> None:
     for transport in ("cuda-ipc", "shm"):
         first, last = results[transport]
         assert abs(first - last) <= 64 << 20, (transport, first, last)
-
-
-@two_gpus
-def test_a_trainer_that_dies_while_it_sends(tmp_path: Path) -> None:
-    results = run("killed.py", tmp_path)
-    assert results["killed"]["state"] == "idle"
-    assert results["killed"]["version"] == 1
-    assert results["killed"]["same tokens"]
-    assert results["seconds"] < results["lease"] + 60
-    assert results["after"] == {"version": 3, "transport": "nccl"}

@@ -42,10 +42,10 @@ _EXTRA = {
 ON_GPU_SIZE = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 1 << 30}
 
 
-def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB)) -> PreTrainedModel:
+def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB), **sizes: int) -> PreTrainedModel:
     """A float32 model with random weights, large enough that outputs depend on all of them."""
     torch.manual_seed(seed)
-    facts = {**_COMMON, **_EXTRA[family], "vocab_size": vocab_size}
+    facts = {**_COMMON, **_EXTRA[family], **sizes, "vocab_size": vocab_size}
     config = AutoConfig.for_model(family, **facts, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
