@@ -20,7 +20,7 @@ from support import same, snapshot, tiny, weights_for
 from weightwire import transports
 from weightwire.sources import find
 from weightwire.sources.tensors import TensorSource
-from weightwire.transports import shm
+from weightwire.transports import gloo, shm
 from weightwire.updates.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("shm_root", "no_threads_left")
@@ -322,6 +322,43 @@ def test_a_source_that_fails_midway_changes_nothing(engines: Any, transport: str
         publisher.publish(2)
         assert time.monotonic() - started < 60
     assert same(engine.model, new)
+
+
+@pytest.mark.parametrize(("step", "says"), [("send", "lost"), ("buffer", "lost"), ("buffer", "failed"), ("send", None)])
+def test_when_sending_fails_the_engine_that_knows_why_is_named(
+    engines: Any, monkeypatch: pytest.MonkeyPatch, step: str, says: str | None
+) -> None:
+    good, other = engines("good"), engines("other")
+    old = snapshot(good.model)
+    failed = threading.Event()
+
+    def fail(*_: object) -> None:
+        failed.set()
+        raise ww.TransportError("sending over gloo failed: connection reset by peer")
+
+    def answer(error: Exception, after: float) -> Any:
+        def stage(*_: object, **__: object) -> None:
+            assert failed.wait(60)
+            time.sleep(after)
+            raise error
+
+        return stage
+
+    monkeypatch.setattr(gloo._Sender, step, fail)
+    if says is not None:
+        good.stage = answer(ww.TransportError("receiving failed"), 0.0)
+    if says == "lost":
+        other.stage = answer(ww.EngineLost("its workers are gone"), 0.2)
+    with pytest.raises(ww.WeightwireError) as caught:
+        publish(weights_for(good.model, 1), [good, other], 1, transport="gloo", bucket_bytes=4096)
+    named = {"lost": ("EngineLost", "other"), "failed": ("TransportError", "good")}
+    error = caught.value
+    assert (type(error).__name__, error.engine) == named.get(str(says), ("TransportError", "good, other"))
+    assert error.phase == "stage"
+    monkeypatch.undo()
+    for engine in (good, other):
+        engine.__dict__.pop("stage", None)
+    assert_unharmed(good, old, None)
 
 
 def test_an_engine_of_the_user_that_raises_anything_is_an_engine_error(engines: Any) -> None:

@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
@@ -17,7 +17,16 @@ import torch
 
 from weightwire import transports
 from weightwire.engines.base import Begun, Engine, KeepCache, Pause
-from weightwire.errors import DeadlineError, PublishError, SourceError, UpdateNotFound, UsageError, WeightwireError
+from weightwire.errors import (
+    DeadlineError,
+    EngineLost,
+    PublishError,
+    SourceError,
+    TransportError,
+    UpdateNotFound,
+    UsageError,
+    WeightwireError,
+)
 from weightwire.fleet import Fleet
 from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
@@ -36,6 +45,7 @@ __all__ = ["Means", "Run"]
 
 _PHASES = ("begin", "stage", "seal", "commit")
 _ABORT_SECONDS = 5.0
+_WHY_SECONDS = 2.0  # how long engines are heard about why sending has failed; that a worker died is seen in half a one
 _LENT_BUCKET_BYTES = 256 << 20  # where an engine copies what another GPU lends
 
 
@@ -324,7 +334,7 @@ class Run:
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):
-            data = self._together.on_leader(lambda bucket=bucket: self._senders[0].buffer(bucket))  # type: ignore[misc]
+            data = self._together.on_leader(lambda bucket=bucket: self._buffer(bucket))  # type: ignore[misc]
             if deltas is None:
                 self._fill(bucket, data, scans)
             elif data is not None:
@@ -394,21 +404,52 @@ class Run:
             part = data[piece.offset : piece.offset + nbytes]
         return part.view(getattr(torch, spec.dtype))
 
+    def _buffer(self, bucket: Bucket) -> torch.Tensor:
+        with self._sending():
+            return self._senders[0].buffer(bucket)
+
     def _send(self, bucket: Bucket, data: torch.Tensor | None) -> None:
         first, *others = self._senders
-        for sender in others:
-            sender.buffer(bucket).copy_(data)  # type: ignore[arg-type]
-            sender.send(bucket)
-        first.send(bucket)
+        with self._sending():
+            for sender in others:
+                sender.buffer(bucket).copy_(data)  # type: ignore[arg-type]
+                sender.send(bucket)
+            first.send(bucket)
 
     def _finish(self) -> None:
-        for sender in self._senders:
-            sender.finish()
+        with self._sending():
+            for sender in self._senders:
+                sender.finish()
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        """A sender sees only that it failed; which engine it was, and why, is for the engines to say."""
+        try:
+            yield
+        except TransportError as error:
+            if error.engine is not None:
+                raise
+            everyone = ", ".join(engine.name for engine in self._fleet.engines)
+            raise self._why(error.at(engine=everyone, phase="stage"), _WHY_SECONDS) from error
+
+    def _why(self, error: WeightwireError, seconds: float) -> WeightwireError:
+        """What an engine says of a failure while it staged, if it says so by then; first of all one that was lost,
+        which may be why others failed."""
+        found = [stage.exception() for stage in wait(self._stages, seconds).done]
+        errors = [each for each in found if isinstance(each, WeightwireError) and not isinstance(each, UpdateNotFound)]
+        lost = [each for each in errors if isinstance(each, EngineLost)]
+        return next(iter([*lost, *errors, error]))
+
+    def _raise_failed(self) -> None:
+        for stage in self._stages:
+            error = stage.exception() if stage.done() else None
+            if error is not None:
+                raise self._why(error, _WHY_SECONDS) if isinstance(error, TransportError) else error
 
     def _end_stages(self) -> None:
         for stage in self._stages:
             self._wait(stage.done, "every rank to have every bucket")
-            stage.result()
+        self._raise_failed()
         self._stages.clear()
         self._close_senders()
 
@@ -425,9 +466,7 @@ class Run:
             self._fleet.each("seal", seal)
         except UpdateNotFound as gone:
             # An engine that ended the update while it staged says why in its answer to that.
-            found = [stage.exception() for stage in wait(self._stages, _ABORT_SECONDS).done]
-            why = next((error for error in found if not isinstance(error, UpdateNotFound | None)), gone)
-            raise why from None
+            raise self._why(gone, _ABORT_SECONDS) from None
         self._end_stages()
 
     def _commit(self, manifest: Manifest, pause: Pause, keep_cache: KeepCache) -> dict[str, EngineReceipt]:
@@ -465,9 +504,7 @@ class Run:
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         pause = 0.00005
         while not ready():
-            for stage in self._stages:
-                if stage.done():
-                    stage.result()
+            self._raise_failed()
             if time.monotonic() > self._fleet.deadline:
                 slow = ", ".join(engine.name for engine in self._fleet.engines)
                 raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
