@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 from killed_worker import error_of, facts
-from servers import Server, Trainer, load, renew, save_large, say, serving, wait_until_idle
+from servers import Server, Trainer, load, renew, save_large, say, serving, url_of, wait_until_idle
 
 import weightwire as ww
 from weightwire import sources
@@ -37,13 +37,12 @@ DYING = ("lent", "staged", "sealed")
 def main(folder: str) -> None:
     model = save_large(Path(folder))
     with contextlib.ExitStack() as opened:
-        # All at once, since to import torch takes long; none touches the GPU before it is told to go.
-        (server,) = opened.enter_context(serving(model, Path(folder), ["engine"]))
-        url = server.url
+        # They import what they need while the server does; none touches the GPU before it is told to go.
         trainers = {
-            how: opened.enter_context(contextlib.closing(Trainer(__file__, how, url, model)))
+            how: opened.enter_context(contextlib.closing(Trainer(__file__, how, url_of(Path(folder), "engine"), model)))
             for how in (*DYING, "frees")
         }
+        (server,) = opened.enter_context(serving(model, Path(folder), ["engine"]))
         results = scenario(server, model, trainers)
     print("\n" + json.dumps(results))
 
@@ -100,7 +99,10 @@ def stage(engine: Any, manifest: Manifest, address: str, digests: list[str], sea
     if seal:
         engine.seal(id, digests, timeout=DEADLINE)
         return str(id)
+    deadline = time.monotonic() + DEADLINE
     while (held := engine.status().update or {}).get("received") != held.get("buckets"):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"not read in {DEADLINE:g} s: {held}")
         time.sleep(0.01)
     return str(id)
 
@@ -119,9 +121,9 @@ def lending(weights: dict[str, torch.Tensor], version: int) -> Iterator[tuple[Ma
 
 
 def trainer(how: str, url: str, model: str) -> None:
-    faulthandler.dump_traceback_later(150)
+    sys.stdin.readline()
+    faulthandler.dump_traceback_later(150)  # of one that hangs, where
     with ww.connect(url) as engines:
-        sys.stdin.readline()
         weights = load(Path(model), "cuda:0", seed=1 + ["frees", *DYING].index(how))
         if how == "frees":
             free(engines, weights)
@@ -150,7 +152,8 @@ def free(engines: Any, weights: dict[str, torch.Tensor]) -> None:
 
     for version, sealed in ((3, False), (5, True)):
         sys.stdin.readline()
-        renew(weights, 10 + version)
+        # Other memory than before, which the engine has open still.
+        weights.update(again(weights, 10 + version))
         say(**freed(engines[0], weights, version, sealed))
         sys.stdin.readline()
         weights.update(again(weights, 10 + version + 1))

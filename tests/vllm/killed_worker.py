@@ -20,7 +20,7 @@ from typing import Any
 
 import servers
 import torch
-from servers import ON_GPU, Trainer, load, renew, save_large, say, serving
+from servers import ON_GPU, Trainer, load, renew, save_large, say, serving, url_of
 
 import weightwire as ww
 from weightwire.engines.http import HttpEngine
@@ -34,17 +34,21 @@ MIDDLE = 4  # the bucket before which the worker is killed
 def main(folder: str, transport: str) -> None:
     model = save_large(Path(folder))
     gpu = "1" if transport == "nccl" else "0"
+    urls = [url_of(Path(folder), name) for name in ("victim", "beside")]
     with (
-        serving(model, Path(folder), ["victim", "beside"], gpu=gpu) as (victim, beside),
-        contextlib.closing(Trainer(__file__, transport, victim.url, victim.worker(), beside.url, model)) as process,
+        # It imports what it needs while the servers do, and then waits.
+        contextlib.closing(Trainer(__file__, transport, *urls, model)) as process,
+        serving(model, Path(folder), ["victim", "beside"], gpu=gpu) as (victim, _),
     ):
+        process.go(victim.worker())
         results = process.next()
         results["exit"] = process.process.wait(60)
     print("\n" + json.dumps(results))
 
 
-def trainer(transport: str, victim: str, worker: str, beside: str, model: str) -> None:
-    faulthandler.dump_traceback_later(150)
+def trainer(transport: str, victim: str, beside: str, model: str) -> None:
+    worker = int(sys.stdin.readline())
+    faulthandler.dump_traceback_later(100)  # of one that hangs, where
     weights = load(Path(model), "cuda:0" if ON_GPU else "cpu", seed=1)
     results: dict[str, Any] = {"deadline": DEADLINE}
     together = transport != "nccl"
@@ -61,7 +65,7 @@ def trainer(transport: str, victim: str, worker: str, beside: str, model: str) -
         before = servers.generate(beside, Path(model))
         renew(weights, 2)
         started = time.monotonic()
-        with killing(int(worker), victim, transport):
+        with killing(worker, victim, transport):
             results["lost"] = error_of(lambda: doomed.publish(2))
         results["seconds"] = time.monotonic() - started
         results["victim"] = error_of(lambda: ww.connect(victim)[0].status(timeout=10))

@@ -67,6 +67,11 @@ def serving(model: Path, folder: Path, names: Sequence[str], *, gpu: str = "0") 
             end(server.process)
 
 
+def url_of(folder: Path, name: str) -> str:
+    """Of a server that is one of `serving`."""
+    return f"unix:{folder}/{name}"
+
+
 def _start(model: Path, folder: Path, name: str, gpu: str) -> Server:
     command = [
         sys.executable, "-m", "weightwire.cli.main", "serve", str(model), "--uds", f"{folder}/{name}",
@@ -79,7 +84,7 @@ def _start(model: Path, folder: Path, name: str, gpu: str) -> Server:
     log = folder / f"{name}.log"
     with log.open("w") as file:
         process = subprocess.Popen(command, env=env, stdout=file, stderr=file, start_new_session=True)
-    return Server(f"unix:{folder}/{name}", model, log, process)
+    return Server(url_of(folder, name), model, log, process)
 
 
 def _wait_until_up(server: Server) -> None:
@@ -165,20 +170,21 @@ def renew(tensors: dict[str, torch.Tensor], seed: int) -> None:
 
 
 class Trainer:
-    """A script's own process. It says lines of JSON; what it has on stderr comes out on ours."""
+    """A script's own process, and no longer than four minutes. It says lines of JSON; what it has on stderr comes out
+    on ours."""
 
-    def __init__(self, *arguments: object, environment: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: object) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, *map(str, arguments)], env={**os.environ, **(environment or {})},
+            [sys.executable, *map(str, arguments)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
         # One that hangs is ended, and with it what waits for its next line.
         self._limit = _limit(self.process, 240.0)
 
-    def go(self) -> None:
-        """Let it begin, which `wait_for_go` waits for."""
+    def go(self, word: object = "go") -> None:
+        """A line that it waits for on its standard input."""
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
+        self.process.stdin.write(f"{word}\n")
         self.process.stdin.flush()
 
     def next(self) -> dict[str, Any]:
