@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from weightwire.errors import SourceError, WeightwireError
 from weightwire.transports.cuda_driver import uuid_of
-from weightwire.transports.nccl_group import make_group
+from weightwire.transports.nccl_group import abort_group, make_group
 from weightwire.updates.digest import Digest, Scan
 
 __all__ = ["Ranks"]
@@ -175,8 +175,7 @@ class Ranks:
         group, self._over_gpus, self._gpus = self._over_gpus, None, []
         self._under_way.clear()
         if group is not None:
-            with contextlib.suppress(RuntimeError):
-                group.abort()  # whatever is under way would wait for ever
+            abort_group(group)  # whatever is under way would wait for ever
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         until = time.monotonic() + self._timeout
