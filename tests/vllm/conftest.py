@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
-import psutil
 import pytest
 
 from support.scripts import last_json
+from support.sessions import end
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -123,7 +122,7 @@ def serving(
         yield server
         server.client.close()
     finally:
-        _end(process)
+        end(process)
 
 
 def run_script(name: str, *arguments: object, folder: Path, seconds: float) -> dict[str, Any]:
@@ -139,7 +138,7 @@ def run_script(name: str, *arguments: object, folder: Path, seconds: float) -> d
     except subprocess.TimeoutExpired:
         pytest.fail(f"{name} did not end in {seconds} s: {errors.read_text()[-4000:]}")
     finally:
-        _end(process)
+        end(process)
     return last_json(output.read_text())
 
 
@@ -152,31 +151,6 @@ def _wait_ready(server: Server) -> None:
         assert server.process.poll() is None, server.log.read_text()[-4000:]
         assert time.monotonic() < deadline, server.log.read_text()[-4000:]
         time.sleep(0.5)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the server, then whatever is left of the session it leads, and of what that had in shared memory."""
-    segments = _segments(process.pid)
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
-    for segment in segments:
-        segment.unlink(missing_ok=True)
-
-
-def _segments(session: int) -> set[Path]:
-    """What the processes of a session have mapped of /dev/shm. vLLM's own are removed by one of them, if it is let."""
-    found: set[Path] = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(OSError):
-            if os.getsid(process.pid) == session:
-                maps = Path(f"/proc/{process.pid}/maps").read_text().split()
-                found |= {Path(word) for word in maps if word.startswith("/dev/shm/")}
-    return found
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import weightwire as ww
+from support.sessions import end
 
 START_SECONDS = 240.0
 ON_GPU = torch.cuda.is_available()
@@ -64,7 +64,7 @@ def serving(model: Path, folder: Path, names: Sequence[str], *, gpu: str = "0") 
         raise
     finally:
         for server in servers:
-            end(server.process)
+            end(server.process, seconds=20)
 
 
 def url_of(folder: Path, name: str) -> str:
@@ -98,17 +98,6 @@ def _wait_until_up(server: Server) -> None:
                 if server.process.poll() is not None or time.monotonic() > deadline:
                     raise RuntimeError("the server did not start") from None
                 time.sleep(0.5)
-
-
-def end(process: subprocess.Popen[Any], *, seconds: float = 20.0) -> None:
-    """End a process of its own group, and whatever it has left behind there."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(seconds)
 
 
 def kill(pid: int) -> None:
@@ -201,7 +190,7 @@ class Trainer:
 
     def close(self) -> None:
         self._limit.cancel()
-        end(self.process, seconds=10)
+        end(self.process, seconds=5)
 
 
 def _limit(process: subprocess.Popen[Any], seconds: float) -> threading.Timer:
