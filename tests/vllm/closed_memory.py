@@ -141,11 +141,11 @@ def die(how: str, engine: Any, weights: dict[str, torch.Tensor]) -> None:
 
 
 def free(engines: Any, weights: dict[str, torch.Tensor]) -> None:
-    def publish(version: int) -> dict[str, Any]:
-        with ww.Publisher(weights, engines, transport="cuda-ipc", lease=LEASE, deadline=DEADLINE) as publisher:
+    def publish(version: int, lease: float = LEASE) -> dict[str, Any]:
+        with ww.Publisher(weights, engines, transport="cuda-ipc", lease=lease, deadline=DEADLINE) as publisher:
             return facts(publisher.publish(version), engines[0].name)
 
-    say(**publish(1))
+    say(**publish(1, DEADLINE))  # the engine may have kernels to compile yet
     sys.stdin.readline()
     renew(weights, 10)
     say(**publish(2))

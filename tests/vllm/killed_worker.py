@@ -27,7 +27,7 @@ from weightwire.engines.http import HttpEngine
 from weightwire.transports import gloo, nccl
 
 DEADLINE = 60.0
-HOW: dict[str, Any] = {"bucket_bytes": 8 << 20 if ON_GPU else 1 << 18, "lease": 10.0, "deadline": DEADLINE}
+HOW: dict[str, Any] = {"bucket_bytes": 8 << 20 if ON_GPU else 1 << 18, "lease": DEADLINE, "deadline": DEADLINE}
 MIDDLE = 4  # the bucket before which the worker is killed
 
 
