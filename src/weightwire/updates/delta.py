@@ -370,20 +370,20 @@ def _digest(elements: torch.Tensor, start: int, part: Part | None) -> Digest:
 
 def block_bits_of(count: int, numel: int) -> int:
     """The block bits that an encoder takes for so many changes."""
-    bits = _MIN_BLOCK
-    while bits < _MAX_BLOCK and count << bits < _CHANGES * numel:
-        bits += 1
-    return bits
+    length = -(-_CHANGES * numel // count) if count else numel << _MAX_BLOCK
+    return min(max((length - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
 
 
 def unit_bits_of(sizes: Array, width: int) -> int:
-    """The unit bits that an encoder takes, by `rice.tally` of the steps."""
-    lengths = np.arange(sizes.size)
+    """The unit bits that an encoder takes, by `rice.tally` of the steps: the fewest of those that cost least."""
+    return int((unit_costs(width) @ sizes).argmin())
 
-    def cost(low: int) -> int:
-        return int((sizes * (2 * np.maximum(lengths - low, 0) + low)).sum())
 
-    return min(range(width), key=cost)
+def unit_costs(width: int) -> Array:
+    """What a step of each size that `rice.tally` counts takes by each choice of unit bits, in bits: `(width, 33)`."""
+    low, lengths = np.arange(width)[:, None], np.arange(33)
+    costs: Array = 2 * np.maximum(lengths - low, 0) + low
+    return costs
 
 
 def _assemble(

@@ -6,11 +6,13 @@ the tensors and their bases once. The memory it takes is that of the changes, so
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightwire.errors import UsageError
@@ -23,11 +25,14 @@ from weightwire.updates.delta import (
     block_bits_of,
     harmed,
     opened,
-    unit_bits_of,
+    unit_costs,
 )
-from weightwire.updates.digest import NO_DIGEST, Digest, Scan, settle, word_facts
+from weightwire.updates.digest import Digest, Scan, word_facts
+from weightwire.updates.tiles import sent
 
 __all__ = ["Changes", "decode_all", "encode_all", "parse_all"]
+
+Array = npt.NDArray[np.int64]
 
 _ALIGNMENT = 16  # what a detecting program reads at once
 _ROOM = 16  # of so many elements one changes, it is assumed at first; where more do, they are found again
@@ -76,40 +81,40 @@ def encode_all(
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Found:
     """Tensors of one width, compared: of each its digests before and after and its NaN and Inf, `counts` of changes,
-    and the tally of their steps; of all changes `keys` and `steps`."""
+    and on the device the tally of their steps; of all changes `keys` and `steps`."""
 
     news: Sequence[torch.Tensor]
     starts: Sequence[int]
     before: Sequence[Digest]
     after: Sequence[Scan]
-    counts: Sequence[int]
-    tallies: np.ndarray
+    counts: Array
+    tallies: torch.Tensor
     keys: torch.Tensor
     steps: torch.Tensor
-    origins: Sequence[int]
+    origins: Array
 
 
 def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]) -> _Found:
-    device, halves = bases[0].device, 4 // bases[0].element_size()
+    device, itemsize = bases[0].device, bases[0].element_size()
+    halves = 4 // itemsize
     held = [[tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for tensor in pair]
             for pair in zip(bases, news, strict=True)]  # fmt: skip
     lines = np.array(
         [
-            (b.data_ptr(), n.data_ptr(), n.numel() // halves, n.numel() % halves, start * n.element_size(),
+            (b.data_ptr(), n.data_ptr(), n.numel() // halves, n.numel() % halves, start * itemsize,
              *word_facts(n.dtype)[:2])
             for (b, n), start in zip(held, starts, strict=True)
         ],
         np.int64,
     )  # fmt: skip
-    each = [-(-new.numel() // (halves * rice_cuda.SEGMENT)) for new in news]
-    ends = [0, *accumulate(each)]
-    total, elements = ends[-1], halves * rice_cuda.SEGMENT
-    of, number = _spread(each, device)
-    segments = torch.stack([of, number], dim=1).to(torch.int32)
-    table = torch.from_numpy(lines).to(device)
+    numels = lines[:, 2] * halves + lines[:, 3]
+    elements = halves * rice_cuda.SEGMENT
+    parts = _parts(-(-numels // elements), device)
+    segments = torch.stack([parts.of, parts.number], dim=1).to(torch.int32)
+    total, table = len(segments), sent(lines, device)
     counts, ats = (torch.empty(total, dtype=torch.int64, device=device) for _ in range(2))
     sums = torch.empty(5, total, dtype=torch.int64, device=device)
-    capacity = sum(new.numel() for new in news) // _ROOM + 1
+    capacity = int(numels.sum()) // _ROOM + 1
     with torch.cuda.device(device if device.type == "cuda" else -1):
         while True:
             found = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -119,8 +124,8 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
                     table, segments, counts, ats, sums, found, counter, capacity, total, HALVES=halves,
                     SIZE=rice_cuda.SEGMENT, FIELDS=lines.shape[1], num_warps=4,
                 )  # fmt: skip
-            facts = _totals(torch.cat([counts[None], sums]), ends)
-            changes = sum(facts[0])
+            facts = parts.totals([counts, *sums]).cpu().numpy()
+            changes = int(facts[0].sum())
             if changes <= capacity:
                 break
             capacity = changes
@@ -132,105 +137,95 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
                 segments, counts, ats, counts.cumsum(0) - counts, found, keys, steps, tallies, HALVES=halves,
                 ELEMENTS=elements, CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=1,
             )  # fmt: skip
-    # A sum of int64 may have a sign; a digest has none.
-    before, after = (
-        [Digest(low, high) + NO_DIGEST for low, high in zip(*facts[at : at + 2], strict=True)] for at in (1, 3)
-    )
+    digests = facts[1:5].view(np.uint64).T.tolist()
     return _Found(
-        news=news, starts=starts, before=before,
-        after=[Scan(*both) for both in zip(after, facts[5], strict=True)],
-        counts=facts[0], tallies=tallies.cpu().numpy()[:, :33], keys=keys, steps=steps,
-        origins=[end * elements for end in ends[:-1]],
+        news=news, starts=starts, before=[Digest(*each[:2]) for each in digests],
+        after=[Scan(Digest(*each[2:]), bad) for each, bad in zip(digests, facts[5].tolist(), strict=True)],
+        counts=facts[0], tallies=tallies[:, :33], keys=keys, steps=steps, origins=parts.ends[:-1] * elements,
     )  # fmt: skip
 
 
 def _encode(found: _Found) -> list[tuple[Delta, int]]:
-    device, itemsize = found.keys.device, found.news[0].element_size()
-    numels = [new.numel() for new in found.news]
-    block_bits = [block_bits_of(count, numel) for count, numel in zip(found.counts, numels, strict=True)]
-    unit_bits = [unit_bits_of(tally, 8 * itemsize) for tally in found.tallies]
-    each = [-(-n >> bits) if count else 0 for n, bits, count in zip(numels, block_bits, found.counts, strict=True)]
-    ends = [0, *accumulate(each)]
-    of, number = _spread(each, device)
-    facts = torch.tensor([numels, block_bits, unit_bits, found.origins], dtype=torch.int64, device=device)
-    first = number << facts[1][of]
-    length = torch.minimum(torch.ones_like(first) << facts[1][of], facts[0][of] - first)
-    first = first + facts[3][of]
-    begins = torch.cat([torch.searchsorted(found.keys, first), torch.tensor([found.keys.numel()], device=device)])
-    blocks = torch.stack([first, length, facts[2][of], torch.zeros_like(first)], dim=1)
-    words = torch.zeros(ends[-1], dtype=torch.int64, device=device)
+    device, width = found.keys.device, 8 * found.news[0].element_size()
+    numels = np.array([new.numel() for new in found.news])
+    block_bits = np.array([*map(block_bits_of, found.counts.tolist(), numels.tolist())])
+    parts = _parts(np.where(found.counts > 0, -(-numels >> block_bits), 0), device)
+    each = parts.each
+    numel, shift, origin = sent(np.stack([numels, block_bits, found.origins]), device)[:, parts.of]
+    first = parts.number << shift
+    length = torch.minimum(torch.ones_like(first) << shift, numel - first)
+    first = first + origin
+    begins = torch.cat([torch.searchsorted(found.keys, first), first.new_full((1,), len(found.keys))])
+    unit_bits = (found.tallies[:, None] * sent(unit_costs(width), device)).sum(2).argmin(1)
+    blocks = torch.zeros(len(first), 6, dtype=torch.int64, device=device)
+    blocks[:, 0], blocks[:, 1], blocks[:, 2] = first, length, unit_bits[parts.of]
+    words = torch.zeros_like(first)
     how = {"FIELDS": blocks.shape[1], "CHUNK": rice_cuda.CHUNK, "num_warps": 1}
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        if ends[-1]:
-            rice_cuda.weigh[(ends[-1],)](blocks, begins, found.keys, found.steps, words, **how)
+        if len(blocks):
+            rice_cuda.weigh[(len(blocks),)](blocks, begins, found.keys, found.steps, words, **how)
         # Where a number of a table is too large for 16 bits, its tensor's table is wider.
-        table = torch.stack([begins.diff(), words])
-        large = (table.amax(0) > 0xFFFF).to(torch.int64)
-        sizes, larges = _totals(torch.stack([words, large]), ends)
-        entries = [8 if any_large else 4 for any_large in larges]
-        nbytes = [
-            HEAD_BYTES + n * entry + 4 * size + SEAL_BYTES for n, entry, size in zip(each, entries, sizes, strict=True)
-        ]
-        places = [0, *accumulate(-(-n // _ALIGNMENT) * _ALIGNMENT for n in nbytes)]
-        target = torch.zeros(places[-1] // 4, dtype=torch.int32, device=device)
-        tables = torch.tensor([(place + HEAD_BYTES) // 4 for place in places[:-1]], device=device)
-        wide = torch.tensor(entries, device=device)[of] == 8
-        _write_table(target, tables[of] + number * torch.where(wide, 2, 1), wide, table)
-        texts = [(p + HEAD_BYTES + n * e) // 4 for p, n, e in zip(places, each, entries, strict=False)]
-        before = words.cumsum(0) - words
-        starts = torch.cat([before, before.new_zeros(1)])[torch.tensor(ends[:-1], device=device)]
-        blocks[:, 3] = before + (torch.tensor(texts, device=device) - starts)[of]
-        if ends[-1]:
-            rice_cuda.write[(ends[-1],)](blocks, begins, found.keys, found.steps, target, **how)
-    shells = [
-        Delta(
-            dtype=new.dtype, start=found.starts[n], numel=new.numel(), count=found.counts[n], before=found.before[n],
-            after=found.after[n].digest, block_bits=block_bits[n], unit_bits=unit_bits[n], entry=entries[n],
-            data=torch.empty(nbytes[n], dtype=torch.uint8, device="meta"),
-        )
-        for n, new in enumerate(found.news)
-    ]  # fmt: skip
-    return [*zip(_finished(shells, target, places), (scanned.nonfinite for scanned in found.after), strict=True)]
-
-
-def _write_table(target: torch.Tensor, at: torch.Tensor, wide: torch.Tensor, table: torch.Tensor) -> None:
-    counts, words = table
-    target[at] = torch.where(wide, counts, counts | words << 16).to(torch.int32)
-    target[at[wide] + 1] = words[wide].to(torch.int32)
-
-
-def _finished(shells: Sequence[Delta], target: torch.Tensor, places: Sequence[int]) -> Iterator[Delta]:
-    """Deltas of which `target` has all but heads and seals, from bytes `places` on, on the CPU."""
-    device = target.device
-    heads = torch.frombuffer(bytearray().join(shell.head() for shell in shells), dtype=torch.int32)
-    rows = torch.tensor(places[:-1], device=device)[:, None] // 4
-    target[rows + torch.arange(HEAD_BYTES // 4, device=device)] = heads.view(len(shells), -1).to(device)
-    digests = _digests([(target.data_ptr() + p, s.nbytes) for p, s in zip(places, shells, strict=False)], device)
+        large = torch.maximum(begins.diff(), words) > 0xFFFF
+        known = torch.cat([parts.totals([words, large.to(torch.int64)]), unit_bits[None]])
+        sizes, larges, chosen = known.cpu().numpy()
+        entries = np.where(larges > 0, 8, 4)
+        texts = HEAD_BYTES + each * entries
+        nbytes = texts + 4 * sizes + SEAL_BYTES
+        places = _ends(-(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+        target = torch.zeros(int(places[-1]) // 4, dtype=torch.int32, device=device)
+        tables, texts = places[:-1] + HEAD_BYTES, places[:-1] + texts
+        facts = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])
+        text, entry, step = sent(facts, device)[:, parts.of]
+        blocks[:, 3], blocks[:, 4], blocks[:, 5] = words.cumsum(0) - words + text, entry + parts.number * step, step
+        if len(blocks):
+            rice_cuda.write[(len(blocks),)](blocks, begins, found.keys, found.steps, target, **how)
     data = torch.empty(target.numel(), dtype=torch.int32, pin_memory=device.type == "cuda")
-    data.copy_(target)
+    data.copy_(target, non_blocking=True)
     raw = data.view(torch.uint8)
-    for shell, place, digest in zip(shells, places, digests, strict=False):
-        delta = Delta(
-            dtype=shell.dtype, start=shell.start, numel=shell.numel, count=shell.count, before=shell.before,
-            after=shell.after, block_bits=shell.block_bits, unit_bits=shell.unit_bits, entry=shell.entry,
-            data=raw[place : place + shell.nbytes],
-        )  # fmt: skip
-        delta.seal(digest)
-        yield delta
+    deltas = [
+        Delta(
+            dtype=new.dtype, start=start, numel=new.numel(), count=count, before=before, after=after.digest,
+            block_bits=bits, unit_bits=low, entry=entry, data=raw[place : place + size],
+        )
+        for new, start, before, after, count, bits, low, entry, place, size in zip(
+            found.news, found.starts, found.before, found.after, found.counts.tolist(), block_bits.tolist(),
+            chosen.tolist(), entries.tolist(), places[:-1].tolist(), nbytes.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+    _finish(deltas, target, data, places[:-1], nbytes)
+    return [*zip(deltas, (scanned.nonfinite for scanned in found.after), strict=True)]
+
+
+def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, places: Array, nbytes: Array) -> None:
+    """Heads and seals for deltas at bytes `places` of `target`, of which all but these is on its way into `data`."""
+    device = target.device
+    heads = np.frombuffer(bytearray().join(delta.head() for delta in deltas), np.int32).reshape(len(deltas), -1)
+    rows = places[:, None] // 4 + np.arange(HEAD_BYTES // 4)
+    target[sent(rows, device)] = sent(heads, device)
+    begins = (target.data_ptr() + places).tolist()
+    digests = _digests([*zip(begins, nbytes.tolist(), strict=True)], device)
+    seals = digests.cpu().numpy()[:, :2].copy().view(np.int32)  # data has all that was queued before
+    here = data.numpy()
+    here[rows] = heads
+    here[(places + nbytes - SEAL_BYTES)[:, None] // 4 + np.arange(SEAL_BYTES // 4)] = seals
 
 
 def parse_all(names: Sequence[str], data: Sequence[torch.Tensor]) -> list[Delta]:
     """What `delta.parse` gives for each of many, whose bytes (uint8, 1-D) are on one device and stay there."""
     if not data:
         return []
-    ends = torch.cat([part for raw in data for part in (raw[:HEAD_BYTES], raw[-SEAL_BYTES:])]).cpu().numpy().tobytes()
-    digests = _digests([(raw.data_ptr(), raw.numel()) for raw in data], data[0].device)
-    deltas, at = [], 0
-    for name, raw, digest in zip(names, data, digests, strict=True):
-        head, seal = min(raw.numel(), HEAD_BYTES), min(raw.numel(), SEAL_BYTES)
-        deltas.append(opened(name, raw, ends[at : at + head], ends[at + head : at + head + seal], digest))
-        at += head + seal
-    return deltas
+    device, runs = data[0].device, [(raw.data_ptr(), raw.numel()) for raw in data]
+    size = HEAD_BYTES + SEAL_BYTES
+    ends = torch.empty(len(data), size, dtype=torch.uint8, device=device)
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        rice_cuda.read_ends[(len(data),)](sent(np.array(runs), device), ends, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
+    digests = _digests(runs, device)[:, :2].contiguous().view(torch.uint8)
+    table = torch.cat([ends, digests], dim=1).cpu().numpy()
+    sums = table[:, size:].copy().view(np.uint64).tolist()
+    return [
+        opened(name, raw, ends[:HEAD_BYTES], ends[HEAD_BYTES:size], Digest(*digest))
+        for name, raw, ends, digest in zip(names, data, map(bytes, table), sums, strict=True)
+    ]
 
 
 def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
@@ -238,60 +233,54 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
     can be found out without their bases. What it allocates, the bytes and the counted elements bound."""
     device = deltas[0].data.device
     data = [d.data if d.data.data_ptr() % 4 == 0 else d.data.clone() for d in deltas]
-    each = [delta.blocks for delta in deltas]
-    ends = [0, *accumulate(each)]
     origins = [0, *accumulate(delta.numel for delta in deltas)]
-    texts = [HEAD_BYTES + delta.blocks * delta.entry for delta in deltas]
     lines = np.array(
         [
-            (raw.data_ptr() + HEAD_BYTES, d.entry, raw.data_ptr() + text, d.block_bits, d.unit_bits,
-             8 * d.dtype.itemsize, d.numel, origin)
-            for d, raw, text, origin in zip(deltas, data, texts, origins, strict=False)
+            (raw.data_ptr() + HEAD_BYTES, d.entry, raw.data_ptr() + HEAD_BYTES + d.blocks * d.entry, d.block_bits,
+             d.unit_bits, 8 * d.dtype.itemsize, d.numel, origin)
+            for d, raw, origin in zip(deltas, data, origins, strict=False)
         ],
         np.int64,
     )  # fmt: skip
-    table = torch.from_numpy(lines).to(device)
-    of, number = _spread(each, device)
-    counts, words = torch.zeros(2, ends[-1], dtype=torch.int64, device=device)
-    programs = -(-ends[-1] // rice_cuda.CHUNK)
+    parts = _parts(np.array([delta.blocks for delta in deltas]), device)
+    total, table = len(parts.of), sent(lines, device)
+    counts, words = torch.zeros(2, total, dtype=torch.int64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        if programs:
-            rice_cuda.read_table[(programs,)](
-                table, of, number, counts, words, ends[-1], FIELDS=lines.shape[1], CHUNK=rice_cuda.CHUNK
+        if total:
+            rice_cuda.read_table[(-(-total // rice_cuda.CHUNK),)](
+                table, parts.of, parts.number, counts, words, total, FIELDS=lines.shape[1], CHUNK=rice_cuda.CHUNK
             )
-        _check_tables(names, deltas, lines, (of, number, counts, words), ends)
+        _check_tables(names, deltas, table, parts, counts, words)
         changes = [0, *accumulate(delta.count for delta in deltas)]
         keys = torch.empty(changes[-1], dtype=torch.int64, device=device)
         steps = torch.empty(changes[-1], dtype=torch.int32, device=device)
-        wrong = torch.zeros(ends[-1], dtype=torch.int8, device=device)
+        wrong = torch.zeros(total, dtype=torch.int8, device=device)
         before = words.cumsum(0) - words
-        starts = torch.cat([before, before.new_zeros(1)])[torch.tensor(ends[:-1], device=device)]
-        programs = -(-ends[-1] // rice_cuda.LANES)
-        if programs:
-            rice_cuda.read[(programs,)](
-                table, of, number, counts, counts.cumsum(0) - counts, words, before - starts[of], keys, steps, wrong,
-                ends[-1], FIELDS=lines.shape[1], LANES=rice_cuda.LANES, num_warps=1,
+        if total:
+            starts = before[parts.bounds[:-1].clamp(max=total - 1)]
+            rice_cuda.read[(-(-total // rice_cuda.LANES),)](
+                table, parts.of, parts.number, counts, counts.cumsum(0) - counts, words, before - starts[parts.of],
+                keys, steps, wrong, total, FIELDS=lines.shape[1], LANES=rice_cuda.LANES, num_warps=1,
             )  # fmt: skip
-    bad = wrong.nonzero()[:1].tolist()
-    if bad:
-        block = bad[0][0]
-        n = int(of[block])
-        raise harmed(names[n], f"its block {block - ends[n]} of {each[n]} cannot be decoded")
+    if wrong.any():
+        block = int(wrong.argmax())
+        n = int(parts.of[block])
+        raise harmed(names[n], f"its block {block - parts.ends[n]} of {parts.each[n]} cannot be decoded")
     return Changes(keys=keys, steps=steps, ends=changes, origins=origins[:-1])
 
 
 def _check_tables(
     names: Sequence[str],
     deltas: Sequence[Delta],
-    lines: np.ndarray,
-    blocks: Sequence[torch.Tensor],
-    ends: Sequence[int],
+    lines: torch.Tensor,
+    parts: _Parts,
+    counts: torch.Tensor,
+    words: torch.Tensor,
 ) -> None:
-    of, number, counts, words = blocks
-    facts = torch.from_numpy(lines[:, [3, 6]].T.copy()).to(of.device)
-    first = number << facts[0][of]
-    length = torch.minimum(torch.ones_like(first) << facts[0][of], facts[1][of] - first)
-    sums = _totals(torch.stack([counts, words, (counts > length).to(torch.int64)]), ends)
+    shift, numel = lines[:, [3, 6]].T[:, parts.of]
+    first = parts.number << shift
+    length = torch.minimum(torch.ones_like(first) << shift, numel - first)
+    sums = parts.totals([counts, words, (counts > length).to(torch.int64)]).tolist()
     for name, delta, count, size, long in zip(names, deltas, *sums, strict=True):
         room = (delta.nbytes - HEAD_BYTES - delta.blocks * delta.entry - SEAL_BYTES) // 4
         if count != delta.count or long:
@@ -301,22 +290,39 @@ def _check_tables(
             raise harmed(name, f"its blocks do not fill its {room} words")
 
 
-def _spread(each: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For `each[i]` parts of each whole: which whole it is of, and which number it has there."""
-    total = sum(each)
-    counts = torch.tensor(each, dtype=torch.int64, device=device)
-    of = torch.repeat_interleave(torch.arange(len(each), device=device), counts, output_size=total)
-    return of, torch.arange(total, device=device) - (counts.cumsum(0) - counts)[of]
+class _Parts(NamedTuple):
+    """Wholes in parts, `each[i]` of them, the parts one after the other. Of every part the whole that it is `of` and
+    its `number` there; `ends` and, on the device, `bounds`: between which parts each whole is."""
+
+    each: Array
+    ends: Array
+    bounds: torch.Tensor
+    of: torch.Tensor
+    number: torch.Tensor
+
+    def totals(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of each row, int64 for every part, the sums of the wholes: `(rows, wholes)`; they wrap."""
+        # One row at a time: of a table it sums each row by one program.
+        sums = torch.zeros(len(rows), len(self.of) + 1, dtype=torch.int64, device=self.of.device)
+        for row, to in zip(rows, sums, strict=True):
+            torch.cumsum(row, 0, out=to[1:])
+        return sums[:, self.bounds].diff(dim=1)
 
 
-def _totals(rows: torch.Tensor, ends: Sequence[int]) -> list[list[int]]:
-    """Of each row, int64, the sums between neighbouring `ends`; they wrap."""
-    sums = torch.nn.functional.pad(rows.cumsum(1), (1, 0))[:, torch.tensor(ends, device=rows.device)]
-    totals: list[list[int]] = sums.diff(dim=1).tolist()
-    return totals
+def _parts(each: Array, device: torch.device) -> _Parts:
+    ends = _ends(each)
+    facts = sent(np.stack([ends, np.append(each, 0)]), device)
+    total = int(ends[-1])
+    of = torch.repeat_interleave(torch.arange(len(each), device=device), facts[1, :-1], output_size=total)
+    return _Parts(each, ends, facts[0], of, torch.arange(total, device=device) - facts[0][of])
 
 
-def _digests(runs: Sequence[tuple[int, int]], device: torch.device) -> list[Digest]:
-    """Of each delta at an address its digest, without its seal."""
+def _ends(sizes: Array) -> Array:
+    """Where each begins, one after the other, and the last one ends."""
+    return np.append(0, np.cumsum(sizes))
+
+
+def _digests(runs: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
+    """Of each delta at an address its digest, without its seal, as `digest_cuda.sum_lines` gives it."""
     lines = [digest_cuda.line_of(at, 0, max(nbytes - SEAL_BYTES, 0), torch.uint8) for at, nbytes in runs]
-    return [scan.digest for scan in settle(digest_cuda.scan_lines(digest_cuda.table(lines, device)))]
+    return digest_cuda.sum_lines(digest_cuda.table(lines, device))

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
-from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, tiles
+from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent, tiles
 
-__all__ = ["Line", "Table", "line_of", "lines_of", "scan_again", "scan_lines", "table"]
+__all__ = ["Line", "Table", "line_of", "lines_of", "scan_again", "scan_lines", "sum_lines", "table"]
 
 _WORDS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
@@ -128,15 +128,21 @@ def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[t
     address, rows, width, pitch, start, step, exponent, lowest, stride = fields.T
     rows, width, (pitch, step), limit = full_rows(rows, width, (pitch, step), unit)
     made = np.stack([address, width, pitch, limit, start, step, exponent, lowest, stride, numbers], axis=1)
-    return torch.from_numpy(made).to(device), tiles(rows, width, device)
+    return sent(made, device), tiles(rows, width, device)
 
 
 def scan_lines(ready: Table) -> list[Pending]:
     """A scan of each line of a table, on its device's current stream."""
+    sums = sum_lines(ready)
+    return [Pending([(sums, row)]) for row in range(ready.lines)]
+
+
+def sum_lines(ready: Table) -> torch.Tensor:
+    """`scan_lines`, as a table of int64: low, high and nonfinite of each line."""
     sums = torch.zeros(ready.lines, 3, dtype=torch.int64, device=ready.device)
     with torch.cuda.device(ready.device if ready.device.type == "cuda" else -1):
         _launch(ready, sums)
-    return [Pending([(sums, row)]) for row in range(ready.lines)]
+    return sums
 
 
 def _launch(ready: Table, sums: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import Changes
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.rice_cuda import factors, key_of, moved
+from weightwire.updates.tiles import sent
 
 __all__ = ["Patches", "Site"]
 
@@ -45,7 +46,7 @@ class Patches:
         self._parts: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         firsts = [changes.origins[site.delta] + site.rows.first for site in sites]
         lasts = [first + _extent(site.rows) for first, site in zip(firsts, sites, strict=True)]
-        bounds = torch.tensor([firsts, lasts], dtype=torch.int64, device=self._device)
+        bounds = sent(np.array([firsts, lasts], np.int64), self._device)
         begins, ends = torch.searchsorted(self._keys, bounds).tolist()
         widths = [site.dtype.itemsize for site in sites]
         for width in sorted(set(widths)):
@@ -77,7 +78,7 @@ class Patches:
         of = np.repeat(np.arange(len(lines)), each)
         tiles = np.stack([of, np.arange(len(of)) - starts[of]], axis=1)
         olds = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._device)
-        return torch.from_numpy(lines).to(self._device), torch.from_numpy(tiles).to(self._device), olds
+        return sent(lines, self._device), sent(tiles, self._device), olds
 
     def _visit(self, mode: int, sums: torch.Tensor) -> None:
         with torch.cuda.device(self._device if self._device.type == "cuda" else -1):

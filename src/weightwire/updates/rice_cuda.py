@@ -20,6 +20,7 @@ __all__ = [
     "moved",
     "order",
     "read",
+    "read_ends",
     "read_table",
     "weigh",
     "write",
@@ -264,7 +265,8 @@ def _bits(gap, step, low, unit_bits):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def weigh(blocks, begins, keys, steps, words, FIELDS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """How many words each block takes. A block: its first key, its length, its unit bits, the word where it begins."""
+    """How many words each block takes. A block: its first key, its length, its unit bits; and for `write` the words
+    where it begins and where its entry in the table does, and how many words that has."""
     block = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begins + block), tl.load(begins + block + 1)
     line = blocks + block * FIELDS
@@ -294,7 +296,7 @@ def _put(target, at, value, inside, WORDS: tl.constexpr):  # type: ignore[no-unt
 
 @triton.jit  # type: ignore[untyped-decorator]
 def write(blocks, begins, keys, steps, target, FIELDS: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write each block's bits into `target`, int32 and zeros, where `weigh` has found room for them."""
+    """Write each block's bits, and its entry in the table, into `target`, int32 and zeros."""
     block = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(begins + block), tl.load(begins + block + 1)
     line = blocks + block * FIELDS
@@ -316,9 +318,28 @@ def write(blocks, begins, keys, steps, target, FIELDS: tl.constexpr, CHUNK: tl.c
         above = ((above - (tl.full((), 1, tl.int64) << more)) << 1) | 1
         _put(target, at + low + 2 + more, (above | rest).to(tl.uint64), inside, 3)
         bit += tl.sum(length)
+    count, words = end - begin, ((bit + 31) >> 5) - tl.load(line + 3)
+    entry = target + tl.load(line + 4)
+    if tl.load(line + 5) == 2:
+        tl.store(entry, count.to(tl.int32))
+        tl.store(entry + 1, words.to(tl.int32))
+    else:
+        tl.store(entry, (count | (words << 16)).to(tl.int32))
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def read_ends(runs, ends, HEAD: tl.constexpr, SEAL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The first `HEAD` and the last `SEAL` bytes of each run, one behind the other. A run: its address and its bytes,
+    of which there may be fewer."""
+    run = runs + tl.program_id(0).to(tl.int64) * 2
+    data, nbytes = tl.load(run).to(tl.pointer_type(tl.uint8), bitcast=True), tl.load(run + 1)
+    place = tl.arange(0, 128)
+    at = tl.where(place < HEAD, place, nbytes - SEAL - HEAD + place)
+    byte = tl.load(data + at, mask=(at >= 0) & (at < nbytes) & (place < HEAD + SEAL), other=0)
+    tl.store(ends + tl.program_id(0).to(tl.int64) * (HEAD + SEAL) + place, byte, mask=place < HEAD + SEAL)
 
 
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
