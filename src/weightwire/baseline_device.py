@@ -20,8 +20,9 @@ from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["DeviceBaseline"]
 
-_BATCH = 1 << 30  # elements that are compared together: what that takes beyond the copy is bounded
-_SAMPLED, _SAMPLE = 64, 4096  # tensors, and elements of each
+_CHANGES = 1 << 27  # that are found together: beyond the copy this takes some 3 GB at most
+_DENSITY = 1 / 64, 1 / 16  # so dense we take changes to be at least, and where nobody has looked
+_SAMPLE = 1024  # elements of each tensor
 
 
 class DeviceBaseline(Baseline):
@@ -33,24 +34,22 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
+        self._density = _DENSITY[1]
         self._device = next(iter(self._current().values())).device
 
     def density(self, read: Read) -> float:
-        news = self._news()
-        every = max(len(news) // _SAMPLED, 1)
-        looked, changed = 0, torch.zeros((), dtype=torch.float64, device=self._device)
-        for base, new in list(zip(self._tensors, news, strict=True))[::every]:
-            step = max(base.numel() // _SAMPLE, 1)
-            if base.numel():
-                changed += (_bits(base)[::step] != _bits(new)[::step]).double().mean() * base.numel()
-            looked += base.numel()
-        return float(changed) / looked if looked else 0.0
+        from weightwire.updates.delta_cuda import density  # needs Triton
+
+        self._density = density(self._tensors, self._news(), sample=_SAMPLE)
+        return self._density
 
     def encode(self, read: Read, *, finite: bool) -> list[Delta]:
-        from weightwire.updates.delta_cuda import encode_all  # needs Triton
+        from weightwire.updates.delta_cuda import encode_all
 
         news, deltas = self._news(), []
-        for first, last in _batches([new.numel() for new in news]):
+        room = int(_CHANGES / max(self._density, _DENSITY[0]))
+        self._density = _DENSITY[1]
+        for first, last in _batches([new.numel() for new in news], room):
             names = [spec.name for spec in self._specs[first:last]]
             made = encode_all(names, self._tensors[first:last], news[first:last])
             for number, (name, (delta, nonfinite)) in enumerate(zip(names, made, strict=True), first):
@@ -74,8 +73,8 @@ class DeviceBaseline(Baseline):
         from weightwire.updates.patch_cuda import Patches, Site
 
         start, self.version = self.version, None
-        for first, last in _batches([delta.numel for delta in deltas]):
-            here = [dataclasses.replace(d, data=d.data.to(self._device)) for d in deltas[first:last]]
+        for first, last in _batches([delta.count for delta in deltas], _CHANGES):
+            here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
             to = self._tensors[first:last]
             rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in to]
@@ -86,7 +85,8 @@ class DeviceBaseline(Baseline):
         self._digests = [delta.after for delta in deltas]
         self.version = version
         if start is not None:
-            self.chain.add(start, deltas)
+            # Pinned memory is dear, and the next deltas take what these leave.
+            self.chain.add(start, [dataclasses.replace(delta, data=delta.data.clone()) for delta in deltas])
 
     def start(self, specs: tuple[TensorSpec, ...], *parts: object) -> None:
         self.version, self._written = None, False
@@ -139,21 +139,17 @@ class DeviceBaseline(Baseline):
 _DEVICES = {"cuda"}
 
 
-def _bits(elements: torch.Tensor) -> torch.Tensor:
-    return elements.view(torch.int16 if elements.element_size() == 2 else torch.int32)
+def _batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours, so many that their sizes are `most` together, or one.
 
-
-def _batches(numels: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Neighbours, so many that they have `_BATCH` elements at most, or one.
-
-    >>> list(_batches([1 << 29, 1 << 29, 1 << 31, 7, 8]))
+    >>> list(_batches([4, 4, 16, 1, 2], 8))
     [(0, 2), (2, 3), (3, 5)]
     """
     first = held = 0
-    for number, numel in enumerate(numels):
-        if number > first and held + numel > _BATCH:
+    for number, size in enumerate(sizes):
+        if number > first and held + size > most:
             yield first, number
             first, held = number, 0
-        held += numel
-    if first < len(numels):
-        yield first, len(numels)
+        held += size
+    if first < len(sizes):
+        yield first, len(sizes)

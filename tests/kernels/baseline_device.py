@@ -15,7 +15,7 @@ from weightwire.updates.digest import scan
 @pytest.fixture(autouse=True)
 def anywhere(few_rows, monkeypatch):
     monkeypatch.setattr(baseline_device, "_DEVICES", {DEVICE.type})
-    monkeypatch.setattr(baseline_device, "_BATCH", 100)
+    monkeypatch.setattr(baseline_device, "_CHANGES", 6)  # several batches
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from weightwire.updates.delta import (
 from weightwire.updates.digest import Digest, Scan, word_facts
 from weightwire.updates.tiles import sent
 
-__all__ = ["Changes", "decode_all", "encode_all", "parse_all"]
+__all__ = ["Changes", "decode_all", "density", "encode_all", "parse_all"]
 
 Array = npt.NDArray[np.int64]
 
@@ -47,6 +47,24 @@ class Changes:
     steps: torch.Tensor
     ends: Sequence[int]
     origins: Sequence[int]
+
+
+def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, sample: int) -> float:
+    """About which share of the elements differs: of each pair `sample` are looked at. As for `encode_all`."""
+    changed = total = 0.0
+    for width in (2, 4):
+        pairs = [(b, n) for b, n in zip(bases, news, strict=True) if b.element_size() == width]
+        if not pairs:
+            continue
+        device = pairs[0][0].device
+        lines = np.array([(base.data_ptr(), new.data_ptr(), base.numel()) for base, new in pairs])
+        counts = torch.empty(len(lines), dtype=torch.int64, device=device)
+        with torch.cuda.device(device if device.type == "cuda" else -1):
+            rice_cuda.sample[(len(lines),)](sent(lines, device), counts, sample, WIDTH=8 * width, CHUNK=1024)
+        numels = lines[:, 2]
+        changed += float((counts.cpu().numpy() * (numels / np.clip(numels, 1, sample))).sum())
+        total += float(numels.sum())
+    return changed / total if total else 0.0
 
 
 def encode_all(

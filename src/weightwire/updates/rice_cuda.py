@@ -22,6 +22,7 @@ __all__ = [
     "read",
     "read_ends",
     "read_table",
+    "sample",
     "weigh",
     "write",
 ]
@@ -109,6 +110,30 @@ def _units(step):  # type: ignore[no-untyped-def]
 
 
 # -- encoding ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["most"])  # type: ignore[untyped-decorator]
+def sample(lines, counts, most, WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many differ of `most` elements all over a tensor, or of all if it has fewer. A line: addresses of base and
+    new, elements."""
+    number = tl.program_id(0).to(tl.int64)
+    line = lines + number * 3
+    elements = tl.load(line + 2)
+    looked = tl.minimum(elements, most)
+    if WIDTH == 16:
+        base = tl.load(line).to(tl.pointer_type(tl.uint16), bitcast=True)
+        new = tl.load(line + 1).to(tl.pointer_type(tl.uint16), bitcast=True)
+    else:
+        base = tl.load(line).to(tl.pointer_type(tl.uint32), bitcast=True)
+        new = tl.load(line + 1).to(tl.pointer_type(tl.uint32), bitcast=True)
+    differ = tl.zeros((CHUNK,), tl.int32)
+    for i in range(0, looked, CHUNK):
+        column = i + tl.arange(0, CHUNK)
+        inside = column < looked
+        place = column.to(tl.int64) * (elements // tl.maximum(looked, 1))
+        old, now = tl.load(base + place, mask=inside, other=0), tl.load(new + place, mask=inside, other=0)
+        differ += (old != now).to(tl.int32)
+    tl.store(counts + number, tl.sum(differ).to(tl.int64))
 
 
 @triton.jit
