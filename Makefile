@@ -40,19 +40,20 @@ lint: $(VENV)/.light
 # By file, but for tests that may run anywhere, in the order of tests/conftest.py.
 SPREAD := --dist loadgroup --no-loadscope-reorder
 
-# Workers are as many as cores.
+# One worker more than there are cores: now and then each waits for a deadline.
+WORKERS := $(shell expr $$(nproc) + 1)
 test test-fast: export OMP_NUM_THREADS := 1
 
 # An engine is started by one core and imports for most of a minute, so that two at a time pay even on two cores.
 test: $(VENV)/.full lint
-	$(BIN)/pytest --ignore=tests/vllm -n auto $(SPREAD)
+	$(BIN)/pytest --ignore=tests/vllm -n $(WORKERS) $(SPREAD)
 	$(BIN)/pytest tests/vllm -m 'not alone' -n 2 $(SPREAD)
 	$(BIN)/pytest tests/vllm -m alone
 
 # Without what is marked slow, and a quarter of the random cases that `make test` looks at.
 test-fast: export WEIGHTWIRE_FEW_CASES := 1
 test-fast: $(VENV)/.light lint
-	$(BIN)/pytest --ignore=tests/vllm -m 'not (gpu or vllm or slow)' -n auto $(SPREAD)
+	$(BIN)/pytest --ignore=tests/vllm -m 'not (gpu or vllm or slow)' -n $(WORKERS) $(SPREAD)
 
 fmt: $(VENV)/.light
 	$(BIN)/ruff check --fix .

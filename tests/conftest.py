@@ -44,7 +44,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _lab(item: pytest.Item) -> str | None:
-    return next((name for name in getattr(item, "fixturenames", ()) if name in ("lab", "trainer_lab")), None)
+    return next(
+        (name for name in getattr(item, "fixturenames", ()) if name in ("lab", "peft_lab", "trainer_lab")), None
+    )
 
 
 @pytest.fixture

@@ -38,3 +38,8 @@ def lab(new_lab):
 @pytest.fixture(scope="session")
 def trainer_lab(new_lab):
     yield from new_lab(*TRAINERS)
+
+
+@pytest.fixture(scope="session")
+def peft_lab(new_lab):
+    yield from new_lab("peft")

@@ -425,8 +425,8 @@ def wrapped(_, size):
     same(reads(find(model, timeout=SOON)), saved)
 
 
-def test_what_wraps_a_module_is_no_matter(trainer_lab):
-    trainer_lab(wrapped, 1, seconds=120.0)
+def test_what_wraps_a_module_is_no_matter(peft_lab):
+    peft_lab(wrapped, 1, seconds=120.0)
 
 
 def sharded_model(adapter="policy", **config):
@@ -509,9 +509,9 @@ def refused(rank, _):
     source.ranks.close()
 
 
-def test_fsdp2_on_two_ranks_reads_as_the_full_adapter_and_never_gathers(trainer_lab):
-    trainer_lab(fsdp, 2, seconds=120.0)
+def test_fsdp2_on_two_ranks_reads_as_the_full_adapter_and_never_gathers(peft_lab):
+    peft_lab(fsdp, 2, seconds=120.0)
 
 
-def test_what_cannot_be_read_is_refused_on_all_ranks(trainer_lab):
-    trainer_lab(refused, 2, seconds=120.0)
+def test_what_cannot_be_read_is_refused_on_all_ranks(peft_lab):
+    peft_lab(refused, 2, seconds=120.0)
