@@ -168,10 +168,12 @@ def test_a_version_is_a_non_negative_integer(engines: Any, version: Any) -> None
         publish(weights_for(engine.model, 1), engine, version)
 
 
-def test_an_unknown_pause_is_refused(engines: Any) -> None:
+def test_an_unknown_pause_and_an_unknown_cache_are_refused(engines: Any) -> None:
     engine = engines()
     with pytest.raises(ww.UsageError, match="pause"):
         publish(weights_for(engine.model, 1), engine, 1, pause="nap")
+    with pytest.raises(ww.UsageError, match=r"keep_cache='some'.*True, False or 'running'"):
+        publish(weights_for(engine.model, 1), engine, 1, keep_cache="some")
 
 
 # -- what goes wrong before the commit -----------------------------------------------------------------------------

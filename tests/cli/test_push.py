@@ -137,18 +137,23 @@ def test_a_wrong_call_is_code_2(run: Any, served: Any, checkpoint: Any, flags: A
     assert says in done.err
 
 
-def test_flags_reach_the_publisher(run: Any, served: Any, checkpoint: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("pause", "kept", "keep_cache"), [("abort", "all", True), ("keep", "running", "running")])
+def test_flags_reach_the_publisher(
+    run: Any, served: Any, checkpoint: Any, pause: str, kept: str, keep_cache: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here, asked = served(), {}
     commit = here.engine._control.commit
 
-    async def note(id: str, pause: str, keep_cache: bool, timeout: float) -> Any:
+    async def note(id: str, pause: str, keep_cache: Any, timeout: float) -> Any:
         asked.update(pause=pause, keep_cache=keep_cache, timeout=timeout)
         return await commit(id, pause, keep_cache, timeout)
 
     monkeypatch.setattr(here.engine._control, "commit", note)
-    done = run("push", checkpoint(1), "--to", here.url, *TOKEN, "--pause", "abort", "--keep-cache", "--deadline", "50")
+    done = run(
+        "push", checkpoint(1), "--to", here.url, *TOKEN, "--pause", pause, "--keep-cache", kept, "--deadline", "50"
+    )
     assert done.code == 0
-    assert (asked["pause"], asked["keep_cache"]) == ("abort", True)
+    assert (asked["pause"], asked["keep_cache"]) == (pause, keep_cache)
     assert 0 < asked["timeout"] <= 50
 
 

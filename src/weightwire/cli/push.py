@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     import torch
 
     from weightwire.connection import Engines
+    from weightwire.engines.base import KeepCache
     from weightwire.sources.base import Source
     from weightwire.updates.digest import Pending, Scan
     from weightwire.updates.manifest import TensorSpec
     from weightwire.updates.receipt import Receipt
 
 __all__ = ["add_parser"]
+
+_KEPT: dict[str, KeepCache] = {"none": False, "running": "running", "all": True}
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,8 +56,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--pause", choices=("keep", "wait", "abort"), default="keep", help="what requests in flight do (default: keep)"
     )
     parser.add_argument(
-        "--keep-cache", nargs="?", const=True, default=False, choices=("running",), metavar="running",
-        help="keep the prefix cache; `running`: only what requests in flight have, for themselves",
+        "--keep-cache", choices=tuple(_KEPT), default="none",
+        help="whose cached keys and values of the old weights are kept: of requests in flight, for themselves, or all",
     )  # fmt: skip
     parser.add_argument("--deadline", type=float, default=600.0, metavar="S", help="seconds in all (default: 600)")
     add_json(parser)
@@ -84,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
                     partial=args.partial,
                     finite=not args.allow_nonfinite,
                     pause=args.pause,
-                    keep_cache=args.keep_cache,
+                    keep_cache=_KEPT[args.keep_cache],
                 )
             except PublishError as error:
                 error.details["outcomes"] = {name: _plain(outcome) for name, outcome in error.outcomes.items()}
