@@ -357,7 +357,7 @@ class Run:
             data = None
             if self._together.leads:
                 send()
-                data = self._senders[0].buffer(bucket)
+                data = self._buffer(bucket)
                 filled.append((bucket, data))
             return [(piece.tensor, piece.start, self._place(piece, data)) for piece in bucket.pieces]
 
