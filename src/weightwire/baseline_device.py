@@ -6,7 +6,7 @@ The comparison reads the parameters themselves and the copy of them, once each; 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -20,8 +20,9 @@ from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["DeviceBaseline"]
 
-_CHANGES = 1 << 27  # that are found together: beyond the copy this takes some 3 GB at most
-_DENSITY = 1 / 64, 1 / 16  # so dense we take changes to be at least, and where nobody has looked
+# Elements that are compared together, by a bit each: beyond the copy encoding takes 1 GB for these, and 2 GB for the
+# changes that are encoded together (`delta_cuda.CHANGES`); more only where one tensor has more than so many.
+_ELEMENTS = 1 << 33
 _SAMPLE = 1024  # elements of each tensor
 
 
@@ -34,22 +35,18 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
-        self._density = _DENSITY[1]
         self._device = next(iter(self._current().values())).device
 
     def density(self, read: Read) -> float:
         from weightwire.updates.delta_cuda import density  # needs Triton
 
-        self._density = density(self._tensors, self._news(), sample=_SAMPLE)
-        return self._density
+        return density(self._tensors, self._news(), sample=_SAMPLE)
 
     def encode(self, read: Read, *, finite: bool) -> list[Delta]:
-        from weightwire.updates.delta_cuda import encode_all
+        from weightwire.updates.delta_cuda import batches, encode_all
 
         news, deltas = self._news(), []
-        room = int(_CHANGES / max(self._density, _DENSITY[0]))
-        self._density = _DENSITY[1]
-        for first, last in _batches([new.numel() for new in news], room):
+        for first, last in batches([new.numel() for new in news], _ELEMENTS):
             names = [spec.name for spec in self._specs[first:last]]
             made = encode_all(names, self._tensors[first:last], news[first:last])
             for number, (name, (delta, nonfinite)) in enumerate(zip(names, made, strict=True), first):
@@ -69,11 +66,11 @@ class DeviceBaseline(Baseline):
         return deltas
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
-        from weightwire.updates.delta_cuda import decode_all
+        from weightwire.updates.delta_cuda import CHANGES, batches, decode_all
         from weightwire.updates.patch_cuda import Patches, Site
 
         start, self.version = self.version, None
-        for first, last in _batches([delta.count for delta in deltas], _CHANGES):
+        for first, last in batches([delta.count for delta in deltas], CHANGES):
             here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
             to = self._tensors[first:last]
@@ -137,19 +134,3 @@ class DeviceBaseline(Baseline):
 
 
 _DEVICES = {"cuda"}
-
-
-def _batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
-    """Neighbours, so many that their sizes are `most` together, or one.
-
-    >>> list(_batches([4, 4, 16, 1, 2], 8))
-    [(0, 2), (2, 3), (3, 5)]
-    """
-    first = held = 0
-    for number, size in enumerate(sizes):
-        if number > first and held + size > most:
-            yield first, number
-            first, held = number, 0
-        held += size
-    if first < len(sizes):
-        yield first, len(sizes)

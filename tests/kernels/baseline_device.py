@@ -8,6 +8,7 @@ from weightwire import baseline_device, chain
 from weightwire.baseline_device import DeviceBaseline
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
+from weightwire.updates import delta_cuda
 from weightwire.updates.delta import decode, parse
 from weightwire.updates.digest import scan
 
@@ -15,7 +16,8 @@ from weightwire.updates.digest import scan
 @pytest.fixture(autouse=True)
 def anywhere(few_rows, monkeypatch):
     monkeypatch.setattr(baseline_device, "_DEVICES", {DEVICE.type})
-    monkeypatch.setattr(baseline_device, "_CHANGES", 6)  # several batches
+    monkeypatch.setattr(baseline_device, "_ELEMENTS", 100)  # several batches
+    monkeypatch.setattr(delta_cuda, "CHANGES", 6)
 
 
 @pytest.fixture

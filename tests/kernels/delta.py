@@ -10,12 +10,13 @@ from tests.kernels.device import DEVICE
 
 from weightwire.errors import UsageError, VerificationError
 from weightwire.updates import delta as delta_module
-from weightwire.updates import rice_cuda
+from weightwire.updates import delta_cuda, rice_cuda
 from weightwire.updates.delta import DELTA_DTYPES, HEAD_BYTES, SEAL_BYTES, compose, decode, encode, parse
 from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
 from weightwire.updates.digest import scan
 
 DTYPES = list(DELTA_DTYPES)
+SIZES = rice_cuda.SEGMENT, rice_cuda.WORDS  # before they are patched
 SPECIAL = [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan")]
 
 
@@ -25,6 +26,9 @@ def few_changes_a_block(few_rows):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(delta_module, "_CHANGES", 8)
         patch.setattr(rice_cuda, "CHUNK", 1024)
+        if DEVICE.type == "cpu":
+            patch.setattr(rice_cuda, "SEGMENT", 2048)
+            patch.setattr(rice_cuda, "WORDS", 1024)
         yield
 
 
@@ -120,17 +124,33 @@ def places_and_steps(name, delta):
     return torch.from_numpy(places), torch.from_numpy(steps).to(torch.int32)
 
 
-def test_more_changes_than_there_was_room_for():
-    base = random_bits(9000, torch.bfloat16, 1)
-    new = changed(base, 0.9, "unit", 2)
-    delta, _ = encode_all(["w"], [base.to(DEVICE)], [new.to(DEVICE)])[0]
-    assert torch.equal(delta.data, encode("w", base, new).data)
+def test_changes_are_taken_together_so_many_at_a_time(monkeypatch):
+    monkeypatch.setattr(delta_cuda, "CHANGES", 150)
+    bases = [random_bits(count, torch.bfloat16, count) for count in (9000, 0, 700, 900, 5000, 1)]
+    news = [changed(base, share, "any", 2) for base, share in zip(bases, (0.02, 0, 0.1, 0.1, 0, 1), strict=True)]
+    made = encode_all("abcdef", [b.to(DEVICE) for b in bases], [n.to(DEVICE) for n in news])
+    for base, new, (delta, _) in zip(bases, news, made, strict=True):
+        assert torch.equal(delta.data, encode("w", base, new).data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("start", [0, 1 << 15, 6, 7])
+def test_segments_as_large_as_they_are(dtype, start, monkeypatch):
+    monkeypatch.setattr(rice_cuda, "SEGMENT", SIZES[0])
+    monkeypatch.setattr(rice_cuda, "WORDS", SIZES[1])
+    base = random_bits(4 * SIZES[0] // dtype.itemsize + 777, dtype, 1)
+    new = changed(base, 0.003, "special", 2)
+    bits_of(new)[-1] ^= 1  # half a word
+    delta, nonfinite = encode_all(["w"], [base.to(DEVICE)], [new.to(DEVICE)], starts=[start])[0]
+    assert torch.equal(delta.data, encode("w", base, new, start=start).data)
+    assert nonfinite == scan(new).nonfinite
 
 
 def test_numbers_too_large_for_a_narrow_table(monkeypatch):
     monkeypatch.setattr(delta_module, "_CHANGES", 1 << 20)
     monkeypatch.setattr(rice_cuda, "CHUNK", 8192)
     monkeypatch.setattr(rice_cuda, "SEGMENT", 1 << 16)
+    monkeypatch.setattr(rice_cuda, "WORDS", 1 << 16)
     base = torch.zeros(700_000, dtype=torch.float32)
     new = base.clone()
     bits_of(new)[630_000:] = 1  # all in one block, after a gap of many bits

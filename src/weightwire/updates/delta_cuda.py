@@ -1,12 +1,13 @@
 """Deltas of tensors on a GPU: the same bytes as `delta.encode` makes, and the same ones taken and refused.
 
 All tensors of a device go through each launch together, with a handful of waits for numbers in between. Encoding reads
-the tensors and their bases once. The memory it takes is that of the changes, some 20 bytes for each.
+the tensors and their bases once. The memory it takes is a bit for each element, and for the changes that are taken
+together some 16 bytes each: `CHANGES` of them, or those of one tensor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -30,12 +31,15 @@ from weightwire.updates.delta import (
 from weightwire.updates.digest import Digest, Scan, word_facts
 from weightwire.updates.tiles import sent
 
-__all__ = ["Changes", "decode_all", "density", "encode_all", "parse_all"]
+__all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
 
 Array = npt.NDArray[np.int64]
 
-_ALIGNMENT = 16  # what a detecting program reads at once
-_ROOM = 16  # of so many elements one changes, it is assumed at first; where more do, they are found again
+CHANGES = 1 << 27
+"""Changes that are taken together."""
+
+_ALIGNMENT = 16  # what a thread of a detecting program reads at once
+_WARPS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,29 +94,60 @@ def encode_all(
     for width in (2, 4):
         mine = [n for n, base in enumerate(bases) if base.element_size() == width]
         if mine:
-            found = _detect([bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine])
-            for n, each in zip(mine, _encode(found), strict=True):
-                made[n] = each
+            seen = _detect([bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine])
+            for first, last in batches(seen.counts.tolist(), CHANGES):
+                for n, each in zip(mine[first:last], _encode(_collect(seen, first, last)), strict=True):
+                    made[n] = each
     return made
 
 
+def batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+    """Neighbours, so many that their sizes are `most` together, or one.
+
+    >>> list(batches([4, 4, 16, 1, 2], 8))
+    [(0, 2), (2, 3), (3, 5)]
+    """
+    first = held = 0
+    for number, size in enumerate(sizes):
+        if number > first and held + size > most:
+            yield first, number
+            first, held = number, 0
+        held += size
+    if first < len(sizes):
+        yield first, len(sizes)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """Tensors of one width, compared: of each its digests before and after and its NaN and Inf, `counts` of changes,
-    and on the device the tally of their steps; of all changes `keys` and `steps`."""
+class _Seen:
+    """Tensors of one width, compared: of each its digests before and after and its NaN and Inf, and `counts` of
+    changes. On the device `bits`, which say what changed, how many of each segment's, and `lines` of what is held."""
 
     news: Sequence[torch.Tensor]
     starts: Sequence[int]
     before: Sequence[Digest]
     after: Sequence[Scan]
     counts: Array
+    held: Sequence[Sequence[torch.Tensor]]
+    lines: torch.Tensor
+    ends: Array
+    segments: torch.Tensor
+    each: torch.Tensor
+    bits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """The changes of neighbours among such tensors, `keys` and `steps`, and of each tensor the tally of its steps."""
+
+    seen: _Seen
+    mine: slice
     tallies: torch.Tensor
     keys: torch.Tensor
     steps: torch.Tensor
     origins: Array
 
 
-def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]) -> _Found:
+def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]) -> _Seen:
     device, itemsize = bases[0].device, bases[0].element_size()
     halves = 4 // itemsize
     held = [[tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for tensor in pair]
@@ -130,44 +165,51 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
     parts = _parts(-(-numels // elements), device)
     segments = torch.stack([parts.of, parts.number], dim=1).to(torch.int32)
     total, table = len(segments), sent(lines, device)
-    counts, ats = (torch.empty(total, dtype=torch.int64, device=device) for _ in range(2))
-    sums = torch.empty(5, total, dtype=torch.int64, device=device)
-    capacity = int(numels.sum()) // _ROOM + 1
+    each = torch.empty(total, dtype=torch.int64, device=device)
+    bits = torch.empty(total * elements // 8, dtype=torch.uint8, device=device)
+    sums = torch.zeros(len(news), 6, dtype=torch.int64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        while True:
-            found = torch.empty(capacity, dtype=torch.int64, device=device)
-            counter = torch.zeros((), dtype=torch.int64, device=device)
-            if total:
-                rice_cuda.detect[(total,)](
-                    table, segments, counts, ats, sums, found, counter, capacity, total, HALVES=halves,
-                    SIZE=rice_cuda.SEGMENT, FIELDS=lines.shape[1], num_warps=4,
-                )  # fmt: skip
-            facts = parts.totals([counts, *sums]).cpu().numpy()
-            changes = int(facts[0].sum())
-            if changes <= capacity:
-                break
-            capacity = changes
-        keys = torch.empty(changes, dtype=torch.int64, device=device)
-        steps = torch.empty(changes, dtype=torch.int32, device=device)
-        tallies = torch.zeros(len(news), rice_cuda.BINS, dtype=torch.int64, device=device)
-        if changes:
-            rice_cuda.order[(total,)](
-                segments, counts, ats, counts.cumsum(0) - counts, found, keys, steps, tallies, HALVES=halves,
-                ELEMENTS=elements, CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=1,
+        if total:
+            rice_cuda.detect[(total,)](
+                table, segments, each, sums, bits, HALVES=halves, SEGMENT=rice_cuda.SEGMENT, WORDS=rice_cuda.WORDS,
+                THREADS=32 * _WARPS, FIELDS=lines.shape[1], num_warps=_WARPS,
             )  # fmt: skip
-    digests = facts[1:5].view(np.uint64).T.tolist()
+    facts = sums.cpu().numpy()
+    digests = facts[:, :4].copy().view(np.uint64).tolist()
+    return _Seen(
+        news=news, starts=starts, before=[Digest(*four[:2]) for four in digests],
+        after=[Scan(Digest(*four[2:]), bad) for four, bad in zip(digests, facts[:, 4].tolist(), strict=True)],
+        counts=facts[:, 5], held=held, lines=table, ends=parts.ends, segments=segments, each=each, bits=bits,
+    )  # fmt: skip
+
+
+def _collect(seen: _Seen, first: int, last: int) -> _Found:
+    device, halves = seen.lines.device, 4 // seen.news[0].element_size()
+    skipped, end = seen.ends[[first, last]].tolist()
+    before, changes = int(seen.counts[:first].sum()), int(seen.counts[first:last].sum())
+    keys = torch.empty(changes, dtype=torch.int64, device=device)
+    steps = torch.empty(changes, dtype=torch.int32, device=device)
+    tallies = torch.zeros(len(seen.news), rice_cuda.BINS, dtype=torch.int64, device=device)
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        if changes:
+            rice_cuda.collect[(end - skipped,)](
+                seen.lines, seen.segments, seen.each, seen.each.cumsum(0) - seen.each - before, seen.bits, keys, steps,
+                tallies, skipped, HALVES=halves, SEGMENT=rice_cuda.SEGMENT, FIELDS=seen.lines.shape[1],
+                CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=_WARPS,
+            )  # fmt: skip
     return _Found(
-        news=news, starts=starts, before=[Digest(*each[:2]) for each in digests],
-        after=[Scan(Digest(*each[2:]), bad) for each, bad in zip(digests, facts[5].tolist(), strict=True)],
-        counts=facts[0], tallies=tallies[:, :33], keys=keys, steps=steps, origins=parts.ends[:-1] * elements,
+        seen=seen, mine=slice(first, last), tallies=tallies[first:last, :33], keys=keys, steps=steps,
+        origins=(seen.ends[first:last] - skipped) * halves * rice_cuda.SEGMENT,
     )  # fmt: skip
 
 
 def _encode(found: _Found) -> list[tuple[Delta, int]]:
-    device, width = found.keys.device, 8 * found.news[0].element_size()
-    numels = np.array([new.numel() for new in found.news])
-    block_bits = np.array([*map(block_bits_of, found.counts.tolist(), numels.tolist())])
-    parts = _parts(np.where(found.counts > 0, -(-numels >> block_bits), 0), device)
+    seen, mine = found.seen, found.mine
+    news, counts = seen.news[mine], seen.counts[mine]
+    device, width = found.keys.device, 8 * news[0].element_size()
+    numels = np.array([new.numel() for new in news])
+    block_bits = np.array([*map(block_bits_of, counts.tolist(), numels.tolist())])
+    parts = _parts(np.where(counts > 0, -(-numels >> block_bits), 0), device)
     each = parts.each
     numel, shift, origin = sent(np.stack([numels, block_bits, found.origins]), device)[:, parts.of]
     first = parts.number << shift
@@ -206,12 +248,12 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
             block_bits=bits, unit_bits=low, entry=entry, data=raw[place : place + size],
         )
         for new, start, before, after, count, bits, low, entry, place, size in zip(
-            found.news, found.starts, found.before, found.after, found.counts.tolist(), block_bits.tolist(),
+            news, seen.starts[mine], seen.before[mine], seen.after[mine], counts.tolist(), block_bits.tolist(),
             chosen.tolist(), entries.tolist(), places[:-1].tolist(), nbytes.tolist(), strict=True,
         )
     ]  # fmt: skip
     _finish(deltas, target, data, places[:-1], nbytes)
-    return [*zip(deltas, (scanned.nonfinite for scanned in found.after), strict=True)]
+    return [*zip(deltas, (scanned.nonfinite for scanned in seen.after[mine]), strict=True)]
 
 
 def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, places: Array, nbytes: Array) -> None:

@@ -14,11 +14,12 @@ __all__ = [
     "CHUNK",
     "LANES",
     "SEGMENT",
+    "WORDS",
+    "collect",
     "detect",
     "factors",
     "key_of",
     "moved",
-    "order",
     "read",
     "read_ends",
     "read_table",
@@ -27,8 +28,10 @@ __all__ = [
     "write",
 ]
 
-SEGMENT = 2048
+SEGMENT = 8192
 """Words of 32 bits that one program compares."""
+WORDS = 512
+"""Words that it takes at a time."""
 CHUNK = 128
 """Changes that a program takes at a time."""
 LANES = 32
@@ -136,141 +139,197 @@ def sample(lines, counts, most, WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # ty
     tl.store(counts + number, tl.sum(differ).to(tl.int64))
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _of_threads(x, REPEATS: tl.constexpr, THREADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The sums of what each thread has of words, of which it loads four at a time: nothing goes from one to another."""
+    return tl.sum(tl.sum(tl.reshape(x, (REPEATS, THREADS, 4)), 2), 0)
+
+
 @triton.jit
-def _sums(word, low, high):  # type: ignore[no-untyped-def]
-    word = word.to(tl.uint64)
-    return tl.sum(word * low).to(tl.int64, bitcast=True), tl.sum(word * high).to(tl.int64, bitcast=True)
+def _full(word, exponent, lowest):  # type: ignore[no-untyped-def]
+    """Whether exponents are all ones: of a word's second element, or its only one, in bit 16, of its first in bit 0."""
+    return (((word & exponent) + lowest) & (exponent + lowest)) >> 15
 
 
-@triton.jit(do_not_specialize=["capacity", "total"])  # type: ignore[untyped-decorator]
+@triton.jit  # type: ignore[untyped-decorator]
+def _tail(line, field, first, words, HALVES: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words from `first` on of what address number `field` of a line leads to, of which there are `words`, and maybe a
+    half one; zeros beyond."""
+    column = tl.arange(0, WORDS)
+    data = tl.load(line + field)
+    word = tl.load(data.to(tl.pointer_type(tl.uint32), bitcast=True) + first + column, mask=column < words, other=0)
+    if HALVES == 2:
+        half = data.to(tl.pointer_type(tl.uint16), bitcast=True) + 2 * first
+        inside = tl.where(column == words, tl.load(line + 3), 0) != 0
+        word = word | tl.load(half + 2 * column, mask=inside, other=0).to(tl.uint32)
+    return word
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mark(old, now, bits, HALVES: tl.constexpr, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write a bit for each element that says whether it differs, and return how many of each word's do."""
+    differ = old ^ now
+    if HALVES == 2:
+        low, high = ((differ & 0xFFFF) != 0).to(tl.int32), ((differ >> 16) != 0).to(tl.int32)
+        flag, each = low | (high << 1), low + high
+    else:
+        flag = (differ != 0).to(tl.int32)
+        each = flag
+    GROUP: tl.constexpr = 8 // HALVES
+    flag = flag << (tl.arange(0, WORDS) % GROUP * HALVES)
+    byte = tl.sum(tl.reshape(flag, (WORDS // GROUP, GROUP)), 1)
+    tl.store(bits + tl.arange(0, WORDS // GROUP), byte.to(tl.uint8))
+    return each
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def detect(  # type: ignore[no-untyped-def]
     lines,
     segments,
     counts,
-    ats,
     sums,
-    found,
-    counter,
-    capacity,
-    total,
+    bits,
     HALVES: tl.constexpr,
-    SIZE: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    WORDS: tl.constexpr,
+    THREADS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
-    """Compare one segment of a tensor with its base, both read once: how many elements differ, the digests of both, and
-    how many of the new are NaN or infinite. Each change's place goes to `found`, with what was and is there, of 32-bit
-    elements the step; each segment's together, while there is room.
+    """Compare one segment of a tensor with its base, both read once, `WORDS` words at a time. How many elements differ
+    goes to `counts`, and a bit for each element to `bits`. To the line's six `sums` it adds the digests of both, how
+    many of the new are NaN or infinite, and the count.
 
-    A line: addresses of base and new; whole words; elements beyond these (one half word or none); where its bytes begin
-    in the full tensor; what `digest.word_facts` says of its dtype. `segments`: each one's line and its number there.
+    A line: addresses of base and new, multiples of 16; whole words; elements beyond these (one half word or none);
+    where its bytes begin in the full tensor; what `digest.word_facts` says of its dtype. `segments`: each one's line
+    and its number there.
     """
     segment = tl.program_id(0).to(tl.int64)
-    line = lines + tl.load(segments + 2 * segment).to(tl.int64) * FIELDS
-    first = tl.load(segments + 2 * segment + 1).to(tl.int64) * SIZE
-    base = tl.load(line).to(tl.pointer_type(tl.uint32), bitcast=True) + first
-    new = tl.load(line + 1).to(tl.pointer_type(tl.uint32), bitcast=True) + first
-    base, new = tl.multiple_of(base, 16), tl.multiple_of(new, 16)
+    number = tl.load(segments + 2 * segment).to(tl.int64)
+    line = lines + number * FIELDS
+    first = tl.load(segments + 2 * segment + 1).to(tl.int64) * SEGMENT
     words = tl.load(line + 2) - first
-    column = tl.arange(0, SIZE)
-    if words >= SIZE:  # without a mask it is read 16 bytes at a time
-        old, now = tl.load(base + column), tl.load(new + column)
-    else:
-        old = tl.load(base + column, mask=column < words, other=0)
-        now = tl.load(new + column, mask=column < words, other=0)
-    if (tl.load(line + 3) != 0) & (words < SIZE):
-        last = column == words
-        half = tl.load(line).to(tl.pointer_type(tl.uint16), bitcast=True) + 2 * first
-        old = old | tl.load(half + 2 * column, mask=last, other=0).to(tl.uint32)
-        half = tl.load(line + 1).to(tl.pointer_type(tl.uint16), bitcast=True) + 2 * first
-        now = now | tl.load(half + 2 * column, mask=last, other=0).to(tl.uint32)
-
     start = tl.load(line + 4)
-    at = (start >> 2) + first
-    place = (at + column).to(tl.uint32)
-    if (start & (4 * SIZE - 1)) == 0:
-        low, high = factors(place, key_of(at))
-        before_low, before_high = _sums(old, low, high)
-        after_low, after_high = _sums(now, low, high)
-    else:
-        # Only a part of a tensor begins anywhere: what is one word here may be halves of two there, and the high half
-        # of their index may change on the way.
-        shift = ((start & 2) * 8).to(tl.uint32)
-        key, next_key, wraps = key_of(at), key_of(at + 0x100000000), at.to(tl.uint32)
-        low, high = factors(place, tl.where(place < wraps, next_key, key))
-        before_low, before_high = _sums(old << shift, low, high)
-        after_low, after_high = _sums(now << shift, low, high)
-        place += 1
-        low, high = factors(place, tl.where(place < wraps, next_key, key))
-        more_low, more_high = _sums((old >> 16) >> (16 - shift), low, high)
-        before_low, before_high = before_low + more_low, before_high + more_high
-        more_low, more_high = _sums((now >> 16) >> (16 - shift), low, high)
-        after_low, after_high = after_low + more_low, after_high + more_high
-    tl.store(sums + segment, before_low)
-    tl.store(sums + total + segment, before_high)
-    tl.store(sums + 2 * total + segment, after_low)
-    tl.store(sums + 3 * total + segment, after_high)
     exponent, lowest = tl.load(line + 5).to(tl.uint32), tl.load(line + 6).to(tl.uint32)
-    full = ((now & exponent) + lowest) & (exponent + lowest)
-    bad = tl.zeros((), tl.int32)
-    if tl.max(full) > 0:
-        bad = tl.sum(((full >> 31) + (full >> 15 & 1)).to(tl.int32))
-    tl.store(sums + 4 * total + segment, bad.to(tl.int64))
-
-    differ = old ^ now
-    if HALVES == 2:
-        one, other = (differ & 0xFFFF) != 0, (differ >> 16) != 0
-        each = one.to(tl.int32) + other.to(tl.int32)
+    at = (start >> 2) + first
+    key = key_of(at)
+    bits += segment * (SEGMENT * HALVES // 8)
+    sums += number * 6
+    column = tl.arange(0, WORDS)
+    REPEATS: tl.constexpr = WORDS // THREADS // 4
+    before_low = tl.zeros((THREADS,), tl.uint64)
+    before_high = tl.zeros((THREADS,), tl.uint64)
+    after_low = tl.zeros((THREADS,), tl.uint64)
+    after_high = tl.zeros((THREADS,), tl.uint64)
+    count = tl.zeros((THREADS,), tl.int32)
+    full = tl.zeros((THREADS,), tl.uint32)  # of first and of second elements, in 16 bits each
+    if (words >= SEGMENT) & ((start & (4 * SEGMENT - 1)) == 0):
+        # Without a mask it is read 16 bytes at a time, and all of it has one key.
+        base = tl.load(line).to(tl.pointer_type(tl.uint32), bitcast=True) + first
+        new = tl.load(line + 1).to(tl.pointer_type(tl.uint32), bitcast=True) + first
+        base, new = tl.multiple_of(base, 16), tl.multiple_of(new, 16)
+        for i in range(SEGMENT // WORDS):
+            old, now = tl.load(base + i * WORDS + column), tl.load(new + i * WORDS + column)
+            low, high = factors((at + i * WORDS + column).to(tl.uint32), key)
+            before_low += _of_threads(old.to(tl.uint64) * low, REPEATS, THREADS)
+            before_high += _of_threads(old.to(tl.uint64) * high, REPEATS, THREADS)
+            after_low += _of_threads(now.to(tl.uint64) * low, REPEATS, THREADS)
+            after_high += _of_threads(now.to(tl.uint64) * high, REPEATS, THREADS)
+            full += _of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
+            each = _mark(old, now, bits + i * (WORDS * HALVES // 8), HALVES, WORDS)
+            count += _of_threads(each, REPEATS, THREADS)
     else:
-        one = differ != 0
-        each = one.to(tl.int32)
-    count = tl.sum(each)
-    tl.store(counts + segment, count.to(tl.int64))
-    if count > 0:
-        begin = tl.atomic_add(counter, count.to(tl.int64), sem="relaxed")
-        tl.store(ats + segment, begin)
-        if begin + count <= capacity:
-            to = tl.cumsum(each, 0) - each
-            found += begin
-            if HALVES == 2:
-                tl.store(found + to, _packed(2 * column, (old & 0xFFFF) | (now << 16)), mask=one)
-                to += one.to(tl.int32)
-                tl.store(found + to, _packed(2 * column + 1, (old >> 16) | (now & 0xFFFF0000)), mask=other)
-            else:
-                tl.store(found + to, _packed(column, _step(old, now, 32).to(tl.uint32, bitcast=True)), mask=one)
+        # A part of a tensor begins anywhere: what is one word here may be halves of two there, and the high half of
+        # their index may change on the way.
+        shift = ((start & 2) * 8).to(tl.uint32)
+        next_key, wraps = key_of(at + 0x100000000), at.to(tl.uint32)
+        for i in range(SEGMENT // WORDS):
+            old = _tail(line, 0, first + i * WORDS, words - i * WORDS, HALVES, WORDS)
+            now = _tail(line, 1, first + i * WORDS, words - i * WORDS, HALVES, WORDS)
+            place = (at + i * WORDS + column).to(tl.uint32)
+            low, high = factors(place, tl.where(place < wraps, next_key, key))
+            before_low += _of_threads((old << shift).to(tl.uint64) * low, REPEATS, THREADS)
+            before_high += _of_threads((old << shift).to(tl.uint64) * high, REPEATS, THREADS)
+            after_low += _of_threads((now << shift).to(tl.uint64) * low, REPEATS, THREADS)
+            after_high += _of_threads((now << shift).to(tl.uint64) * high, REPEATS, THREADS)
+            if shift != 0:
+                place = (at + i * WORDS + column + 1).to(tl.uint32)
+                low, high = factors(place, tl.where(place < wraps, next_key, key))
+                before_low += _of_threads((old >> 16).to(tl.uint64) * low, REPEATS, THREADS)
+                before_high += _of_threads((old >> 16).to(tl.uint64) * high, REPEATS, THREADS)
+                after_low += _of_threads((now >> 16).to(tl.uint64) * low, REPEATS, THREADS)
+                after_high += _of_threads((now >> 16).to(tl.uint64) * high, REPEATS, THREADS)
+            full += _of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
+            each = _mark(old, now, bits + i * (WORDS * HALVES // 8), HALVES, WORDS)
+            count += _of_threads(each, REPEATS, THREADS)
+    tl.atomic_add(sums, tl.sum(before_low).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(sums + 1, tl.sum(before_high).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(sums + 2, tl.sum(after_low).to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(sums + 3, tl.sum(after_high).to(tl.int64, bitcast=True), sem="relaxed")
+    bad = tl.sum(((full & 0xFFFF) + (full >> 16)).to(tl.int64))
+    if bad > 0:
+        tl.atomic_add(sums + 4, bad, sem="relaxed")
+    changes = tl.sum(count).to(tl.int64)
+    tl.store(counts + segment, changes)
+    if changes > 0:
+        tl.atomic_add(sums + 5, changes, sem="relaxed")
 
 
 @triton.jit
-def _packed(place, value):  # type: ignore[no-untyped-def]
-    return (place.to(tl.int64) << 32) | value.to(tl.int64)
+def _ones(mask):  # type: ignore[no-untyped-def]
+    """How many bits of words, uint32, are set."""
+    pairs = mask - ((mask >> 1) & 0x55555555)
+    fours = (pairs & 0x33333333) + ((pairs >> 2) & 0x33333333)
+    bytes = (fours + (fours >> 4)) & 0x0F0F0F0F
+    return ((bytes * tl.full((), 0x01010101, tl.uint32)) >> 24).to(tl.int32)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def order(  # type: ignore[no-untyped-def]
-    segments, counts, ats, begins, found, keys, steps, tallies, HALVES: tl.constexpr, ELEMENTS: tl.constexpr,
-    CHUNK: tl.constexpr, BINS: tl.constexpr,
+@triton.jit(do_not_specialize=["skipped"])  # type: ignore[untyped-decorator]
+def collect(  # type: ignore[no-untyped-def]
+    lines, segments, counts, begins, bits, keys, steps, tallies, skipped, HALVES: tl.constexpr, SEGMENT: tl.constexpr,
+    FIELDS: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Bring what `detect` found into the order of the segments, of `ELEMENTS` keys each, and tally each line's steps by
-    the bits of their units less one."""
-    segment = tl.program_id(0).to(tl.int64)
+    """Write keys and steps of the changes that `detect` has marked, in order, and tally each line's steps by the bits
+    of their units less one. The first `skipped` segments are left out; where each one's changes begin, `begins` says.
+    """
+    segment = tl.program_id(0).to(tl.int64) + skipped
     count = tl.load(counts + segment)
     if count > 0:
-        source, target = tl.load(ats + segment), tl.load(begins + segment)
+        begin = tl.load(begins + segment)
+        number = tl.load(segments + 2 * segment).to(tl.int64)
+        MASKS: tl.constexpr = SEGMENT * HALVES // 32
+        lane = tl.arange(0, MASKS)
+        mask = tl.load(bits.to(tl.pointer_type(tl.uint32), bitcast=True) + segment * MASKS + lane)
+        ones = _ones(mask)
+        to = begin + tl.cumsum(ones, 0) - ones
+        origin = (segment - skipped) * (SEGMENT * HALVES)
+        while tl.max((mask != 0).to(tl.int32), axis=0) > 0:
+            lowest = mask & (0 - mask)
+            place = lane * 32 + _bit_length(lowest).to(tl.int32) - 1
+            tl.store(keys + to, origin + place, mask=mask != 0)
+            to += 1
+            mask = mask ^ lowest
+        tl.debug_barrier()  # what is read from here on, other threads of this program have written
+        line = lines + number * FIELDS
+        if HALVES == 2:
+            base = tl.load(line).to(tl.pointer_type(tl.uint16), bitcast=True)
+            new = tl.load(line + 1).to(tl.pointer_type(tl.uint16), bitcast=True)
+        else:
+            base = tl.load(line).to(tl.pointer_type(tl.uint32), bitcast=True)
+            new = tl.load(line + 1).to(tl.pointer_type(tl.uint32), bitcast=True)
+        back = tl.load(segments + 2 * segment + 1).to(tl.int64) * (SEGMENT * HALVES) - origin
         tally = tl.zeros((BINS,), tl.int32)
         for i in range(0, count, CHUNK):
             column = i + tl.arange(0, CHUNK)
             inside = column < count
-            packed = tl.load(found + source + column, mask=inside, other=1)
-            if HALVES == 2:
-                step = _step((packed & 0xFFFF).to(tl.uint32), (packed >> 16 & 0xFFFF).to(tl.uint32), 16)
-            else:
-                step = packed.to(tl.int32)
-            tl.store(keys + target + column, segment * ELEMENTS + (packed >> 32), mask=inside)
-            tl.store(steps + target + column, step, mask=inside)
+            place = back + tl.load(keys + begin + column, mask=inside, other=0)
+            old = tl.load(base + place, mask=inside, other=0).to(tl.uint32)
+            now = tl.load(new + place, mask=inside, other=0).to(tl.uint32)
+            step = _step(old, now, 32 // HALVES)
+            tl.store(steps + begin + column, step, mask=inside)
             size = tl.where(inside, _bit_length(_units(step)), BINS - 1)
             tally += tl.histogram(size, BINS)
         bins = tl.arange(0, BINS)
-        line = tl.load(segments + 2 * segment).to(tl.int64)
-        tl.atomic_add(tallies + line * BINS + bins, tally.to(tl.int64), mask=(tally > 0) & (bins < 33), sem="relaxed")
+        tl.atomic_add(tallies + number * BINS + bins, tally.to(tl.int64), mask=(tally > 0) & (bins < 33), sem="relaxed")
 
 
 @triton.jit
