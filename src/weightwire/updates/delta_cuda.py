@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +28,7 @@ from weightwire.updates.delta import (
     unit_costs,
 )
 from weightwire.updates.digest import Digest, Scan, word_facts
-from weightwire.updates.tiles import sent
+from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
 
@@ -162,7 +161,7 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
     )  # fmt: skip
     numels = lines[:, 2] * halves + lines[:, 3]
     elements = halves * rice_cuda.SEGMENT
-    parts = _parts(-(-numels // elements), device)
+    parts = parts_of(-(-numels // elements), device)
     segments = torch.stack([parts.of, parts.number], dim=1).to(torch.int32)
     total, table = len(segments), sent(lines, device)
     each = torch.empty(total, dtype=torch.int64, device=device)
@@ -209,7 +208,7 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
     device, width = found.keys.device, 8 * news[0].element_size()
     numels = np.array([new.numel() for new in news])
     block_bits = np.array([*map(block_bits_of, counts.tolist(), numels.tolist())])
-    parts = _parts(np.where(counts > 0, -(-numels >> block_bits), 0), device)
+    parts = parts_of(np.where(counts > 0, -(-numels >> block_bits), 0), device)
     each = parts.each
     numel, shift, origin = sent(np.stack([numels, block_bits, found.origins]), device)[:, parts.of]
     first = parts.number << shift
@@ -231,7 +230,7 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
         entries = np.where(larges > 0, 8, 4)
         texts = HEAD_BYTES + each * entries
         nbytes = texts + 4 * sizes + SEAL_BYTES
-        places = _ends(-(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+        places = ends_of(-(-nbytes // _ALIGNMENT) * _ALIGNMENT)
         target = torch.zeros(int(places[-1]) // 4, dtype=torch.int32, device=device)
         tables, texts = places[:-1] + HEAD_BYTES, places[:-1] + texts
         facts = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])
@@ -302,7 +301,7 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
         ],
         np.int64,
     )  # fmt: skip
-    parts = _parts(np.array([delta.blocks for delta in deltas]), device)
+    parts = parts_of(np.array([delta.blocks for delta in deltas]), device)
     total, table = len(parts.of), sent(lines, device)
     counts, words = torch.zeros(2, total, dtype=torch.int64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
@@ -333,7 +332,7 @@ def _check_tables(
     names: Sequence[str],
     deltas: Sequence[Delta],
     lines: torch.Tensor,
-    parts: _Parts,
+    parts: Parts,
     counts: torch.Tensor,
     words: torch.Tensor,
 ) -> None:
@@ -350,39 +349,8 @@ def _check_tables(
             raise harmed(name, f"its blocks do not fill its {room} words")
 
 
-class _Parts(NamedTuple):
-    """Wholes in parts, `each[i]` of them, the parts one after the other. Of every part the whole that it is `of` and
-    its `number` there; `ends` and, on the device, `bounds`: between which parts each whole is."""
-
-    each: Array
-    ends: Array
-    bounds: torch.Tensor
-    of: torch.Tensor
-    number: torch.Tensor
-
-    def totals(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Of each row, int64 for every part, the sums of the wholes: `(rows, wholes)`; they wrap."""
-        # One row at a time: of a table it sums each row by one program.
-        sums = torch.zeros(len(rows), len(self.of) + 1, dtype=torch.int64, device=self.of.device)
-        for row, to in zip(rows, sums, strict=True):
-            torch.cumsum(row, 0, out=to[1:])
-        return sums[:, self.bounds].diff(dim=1)
-
-
-def _parts(each: Array, device: torch.device) -> _Parts:
-    ends = _ends(each)
-    facts = sent(np.stack([ends, np.append(each, 0)]), device)
-    total = int(ends[-1])
-    of = torch.repeat_interleave(torch.arange(len(each), device=device), facts[1, :-1], output_size=total)
-    return _Parts(each, ends, facts[0], of, torch.arange(total, device=device) - facts[0][of])
-
-
-def _ends(sizes: Array) -> Array:
-    """Where each begins, one after the other, and the last one ends."""
-    return np.append(0, np.cumsum(sizes))
-
-
 def _digests(runs: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
     """Of each delta at an address its digest, without its seal, as `digest_cuda.sum_lines` gives it."""
-    lines = [digest_cuda.line_of(at, 0, max(nbytes - SEAL_BYTES, 0), torch.uint8) for at, nbytes in runs]
+    addresses, nbytes = np.array(runs, np.int64).T
+    lines = digest_cuda.byte_lines(addresses, np.maximum(nbytes - SEAL_BYTES, 0))
     return digest_cuda.sum_lines(digest_cuda.table(lines, device))

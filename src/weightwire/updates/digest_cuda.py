@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +19,7 @@ from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent, tiles
 
-__all__ = ["Line", "Table", "line_of", "lines_of", "scan_again", "scan_lines", "sum_lines", "table"]
+__all__ = ["Line", "Table", "byte_lines", "line_of", "lines_of", "scan_again", "scan_lines", "sum_lines", "table"]
 
 _WORDS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
 
@@ -79,7 +80,18 @@ def lines_of(address: int, box: Box, strides: Sequence[int], full: Sequence[int]
     ]
 
 
-def table(lines: Sequence[Line], device: torch.device) -> Table:
+def byte_lines(addresses: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """`line_of` each of many runs of bytes, from their first one on, as the table that they make.
+
+    >>> byte_lines(np.array([4096]), np.array([5])).tolist() == [[*line_of(4096, 0, 5, torch.uint8)]]
+    True
+    """
+    zero = np.zeros_like(nbytes)
+    facts = [zero + fact for fact in word_facts(torch.uint8)]
+    return np.stack([addresses, zero + 1, nbytes, nbytes, zero, nbytes, *facts], axis=1)
+
+
+def table(lines: Sequence[Line] | npt.NDArray[np.int64], device: torch.device) -> Table:
     """Make lines ready. They may be launched again and again for as long as what they point to stays there."""
     fields = np.array(lines, np.int64).reshape(-1, len(Line._fields))
     numbers = np.arange(len(fields))

@@ -18,7 +18,7 @@ from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import Changes
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.rice_cuda import factors, key_of, moved
-from weightwire.updates.tiles import sent
+from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["Patches", "Site"]
 
@@ -43,7 +43,7 @@ class Patches:
         self._device = changes.keys.device
         self._keys, self._steps = changes.keys, changes.steps
         self._sites = len(sites)
-        self._parts: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._launches: list[tuple[int, torch.Tensor, Parts, torch.Tensor]] = []
         firsts = [changes.origins[site.delta] + site.rows.first for site in sites]
         lasts = [first + _extent(site.rows) for first, site in zip(firsts, sites, strict=True)]
         bounds = sent(np.array([firsts, lasts], np.int64), self._device)
@@ -53,7 +53,7 @@ class Patches:
             mine = [n for n, other in enumerate(widths) if other == width and begins[n] < ends[n]]
             if mine:
                 rows = [_line(sites[n], n, firsts[n], begins[n], ends[n]) for n in mine]
-                self._parts.append((8 * width, *self._ready(np.array(rows, np.int64))))
+                self._launches.append(self._ready(8 * width, np.array(rows, np.int64)))
 
     def look(self) -> list[Pending]:
         """Note what stands where changes go. Of each site: what they add to its digest, and how many NaN and Inf they
@@ -70,22 +70,19 @@ class Patches:
         """Write the noted values back, whatever part of `write` had been done."""
         self._visit(_UNDO, self._steps)
 
-    def _ready(self, lines: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _ready(self, width: int, lines: Any) -> tuple[int, torch.Tensor, Parts, torch.Tensor]:
         counts = lines[:, 1] - lines[:, 0]
-        lines[:, 2] = np.cumsum(counts) - counts
-        each = -(-counts // _TILE)
-        starts = np.cumsum(each) - each
-        of = np.repeat(np.arange(len(lines)), each)
-        tiles = np.stack([of, np.arange(len(of)) - starts[of]], axis=1)
-        olds = torch.empty(int(counts.sum()), dtype=torch.int32, device=self._device)
-        return sent(lines, self._device), sent(tiles, self._device), olds
+        ends = ends_of(counts)
+        lines[:, 2] = ends[:-1]
+        olds = torch.empty(int(ends[-1]), dtype=torch.int32, device=self._device)
+        return width, sent(lines, self._device), parts_of(-(-counts // _TILE), self._device), olds
 
     def _visit(self, mode: int, sums: torch.Tensor) -> None:
         with torch.cuda.device(self._device if self._device.type == "cuda" else -1):
-            for width, lines, tiles, olds in self._parts:
-                _visit[(len(tiles),)](
-                    lines, tiles, self._keys, self._steps, olds, sums, MODE=mode, WIDTH=width, FIELDS=lines.shape[1],
-                    TILE=_TILE,
+            for width, lines, parts, olds in self._launches:
+                _visit[(len(parts.of),)](
+                    lines, parts.of, parts.number, self._keys, self._steps, olds, sums, MODE=mode, WIDTH=width,
+                    FIELDS=lines.shape[1], TILE=_TILE,
                 )  # fmt: skip
 
 
@@ -104,16 +101,16 @@ def _line(site: Site, number: int, first: int, begin: int, end: int) -> tuple[in
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _visit(  # type: ignore[no-untyped-def]
-    lines, tiles, keys, steps, olds, sums, MODE: tl.constexpr, WIDTH: tl.constexpr, FIELDS: tl.constexpr,
+    lines, ofs, numbers, keys, steps, olds, sums, MODE: tl.constexpr, WIDTH: tl.constexpr, FIELDS: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """Some changes at one site. A line: its first change and the one after its last; where its old values begin in
-    `olds`; its first key, the pitch and width of its rows; their address and pitch in memory; the index of its first
-    element in the full tensor; all exponent bits; its number."""
-    tile = tl.program_id(0).to(tl.int64) * 2
-    line = lines + tl.load(tiles + tile) * FIELDS
+    """Some changes at one site. A tile: its line, and its number there. A line: its first change and the one after its
+    last; where its old values begin in `olds`; its first key, the pitch and width of its rows; their address and pitch
+    in memory; the index of its first element in the full tensor; all exponent bits; its number."""
+    tile = tl.program_id(0).to(tl.int64)
+    line = lines + tl.load(ofs + tile) * FIELDS
     begin = tl.load(line)
-    change = begin + tl.load(tiles + tile + 1) * TILE + tl.arange(0, TILE)
+    change = begin + tl.load(numbers + tile) * TILE + tl.arange(0, TILE)
     inside = change < tl.load(line + 1)
     place = tl.load(keys + change, mask=inside, other=0) - tl.load(line + 3)
     row = place // tl.load(line + 4)

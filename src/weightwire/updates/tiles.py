@@ -10,9 +10,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-__all__ = ["COLUMNS", "ROWS", "Tiles", "by_alignment", "full_rows", "sent", "tiles"]
+__all__ = ["COLUMNS", "ROWS", "Parts", "Tiles", "by_alignment", "ends_of", "full_rows", "parts_of", "sent", "tiles"]
+
+Array = npt.NDArray[np.int64]
 
 COLUMNS = 1024
 ROWS = 16
@@ -34,6 +37,48 @@ def sent(numbers: Any, device: torch.device) -> torch.Tensor:
     """
     table = torch.from_numpy(np.ascontiguousarray(numbers))
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.clone()
+
+
+class Parts(NamedTuple):
+    """Wholes in parts, `each[i]` of them, the parts one after the other. Of every part the whole that it is `of` and
+    its `number` there; `ends` and, on the device, `bounds`: between which parts each whole is."""
+
+    each: Array
+    ends: Array
+    bounds: torch.Tensor
+    of: torch.Tensor
+    number: torch.Tensor
+
+    def totals(self, rows: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Of each row, int64 for every part, the sums of the wholes: `(rows, wholes)`; they wrap."""
+        # One row at a time: of a table it sums each row by one program.
+        sums = torch.zeros(len(rows), len(self.of) + 1, dtype=torch.int64, device=self.of.device)
+        for row, to in zip(rows, sums, strict=True):
+            torch.cumsum(row, 0, out=to[1:])
+        return sums[:, self.bounds].diff(dim=1)
+
+
+def parts_of(each: Array, device: torch.device) -> Parts:
+    """`each[i]` parts of whole number `i`, spread out on the device: a few hundred wholes have hundreds of thousands.
+
+    >>> parts = parts_of(np.array([2, 0, 3]), torch.device("cpu"))
+    >>> parts.of.tolist(), parts.number.tolist(), parts.totals([torch.ones(5, dtype=torch.int64)]).tolist()
+    ([0, 0, 2, 2, 2], [0, 1, 0, 1, 2], [[2, 0, 3]])
+    """
+    ends = ends_of(each)
+    facts = sent(np.stack([ends, np.append(each, 0)]), device)
+    total = int(ends[-1])
+    of = torch.repeat_interleave(torch.arange(len(each), device=device), facts[1, :-1], output_size=total)
+    return Parts(each, ends, facts[0], of, torch.arange(total, device=device) - facts[0][of])
+
+
+def ends_of(sizes: Array) -> Array:
+    """Where each begins, one after the other, and the last one ends.
+
+    >>> ends_of(np.array([2, 0, 3])).tolist()
+    [0, 2, 2, 5]
+    """
+    return np.append(0, np.cumsum(sizes))
 
 
 def by_alignment(bits: Any, multiples: Iterable[int]) -> Iterator[tuple[int, Any]]:
@@ -71,13 +116,8 @@ def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
     [[0, 0, 0], [0, 16, 0], [1, 0, 0], [1, 0, 1024], [1, 0, 2048]]
     """
     across = -(-widths // COLUMNS)
-    each = -(-counts // ROWS) * across
-    ends = np.cumsum(each)
-    total = int(ends[-1])
-    # Spread out on the device: there are hundreds of thousands of tiles to a few hundred lines.
-    facts = sent(np.stack([each, ends - each, across]).astype(np.int64), device)
-    line = torch.repeat_interleave(torch.arange(len(each), device=device), facts[0], output_size=total)
-    within = torch.arange(total, device=device) - facts[1][line]
-    row = within // facts[2][line]
-    column = within - row * facts[2][line]
-    return Tiles(torch.stack([line, row * ROWS, column * COLUMNS], dim=1).to(torch.int32), total)
+    parts = parts_of(-(-counts // ROWS) * across, device)
+    across = sent(across, device)[parts.of]
+    row = parts.number // across
+    column = parts.number - row * across
+    return Tiles(torch.stack([parts.of, row * ROWS, column * COLUMNS], dim=1).to(torch.int32), len(parts.of))
