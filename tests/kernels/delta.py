@@ -134,7 +134,7 @@ def test_changes_are_taken_together_so_many_at_a_time(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("start", [0, 1 << 15, 6, 7])
+@pytest.mark.parametrize("start", [0, 1 << 15, 6, 7, (1 << 33) - 1001])
 def test_segments_as_large_as_they_are(dtype, start, monkeypatch):
     monkeypatch.setattr(rice_cuda, "SEGMENT", SIZES[0])
     monkeypatch.setattr(rice_cuda, "WORDS", SIZES[1])
