@@ -29,9 +29,10 @@ _LASTING = "weightwire-control"
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `--dist loadgroup`: the tests of a file share fixtures and stay on one worker, and so do all of a lab, which
-    takes long to start. Those marked `spread` come first, and labs next, so that no worker is left alone at the end."""
+    takes long to start, unless they say themselves what goes together. Those marked `spread` come first, and labs next,
+    so that no worker is left alone at the end."""
     for item in items:
-        if not item.get_closest_marker("spread"):
+        if not (item.get_closest_marker("spread") or item.get_closest_marker("xdist_group")):
             item.add_marker(pytest.mark.xdist_group(_lab(item) or str(item.path)))
     items.sort(key=lambda item: 0 if item.get_closest_marker("spread") else 1 if _lab(item) else 2)
 

@@ -29,7 +29,11 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def through(step: str) -> pytest.MarkDecorator:
     """With every engine that goes through a step."""
-    engines = [name for name, (*_, steps) in ENGINES.items() if step in steps.split(",")]
+    engines = [
+        pytest.param(name, marks=pytest.mark.xdist_group(f"adapters {name}"))
+        for name, (*_, steps) in ENGINES.items()
+        if step in steps.split(",")
+    ]
     return pytest.mark.parametrize("found", engines, indirect=True)
 
 
