@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -25,15 +26,29 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('mine', flush=True); signal.pause()"
 
 
+TIDY = """
+import signal, subprocess, sys
+tidy = "import os, sys, time; sys.stdin.read(); time.sleep(1); os.remove(sys.argv[1])"
+child = subprocess.Popen([sys.executable, "-c", tidy, "shared"], stdin=subprocess.PIPE, cwd=sys.argv[2])
+signal.pause()
+"""
+
+
 def start(script: str, folder: Path) -> Server:
     port = free_port()
-    command = [sys.executable, "-c", script, str(port)]
+    command = [sys.executable, "-c", script, str(port), str(folder)]
     return Server(command, f"http://127.0.0.1:{port}", log=folder / "log", environment={})
 
 
 def family(running: Server) -> list[psutil.Process]:
     leader = psutil.Process(running._process.pid)
     return [leader, *leader.children(recursive=True)]
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch, request):
+    if "once_it_has_gone" not in request.node.name:
+        monkeypatch.setattr(server, "_REST_SECONDS", 0.2)
 
 
 def assert_gone(processes: list[psutil.Process]) -> None:
@@ -46,6 +61,17 @@ def test_it_ends_with_all_that_it_started(tmp_path):
         processes = family(running)
     assert len(processes) == 2
     assert_gone(processes)
+
+
+def test_what_its_processes_remove_once_it_has_gone_is_removed(tmp_path):
+    shared = tmp_path / "shared"
+    shared.touch()
+    with start(TIDY, tmp_path) as running:
+        deadline = time.monotonic() + 30
+        while len(processes := family(running)) < 2:
+            assert time.monotonic() < deadline
+    assert_gone(processes)
+    assert not shared.exists()
 
 
 def test_it_is_stopped_when_the_body_fails(tmp_path, capsys):

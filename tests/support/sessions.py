@@ -6,12 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 __all__ = ["end"]
+
+_REST_SECONDS = 10.0
 
 
 def end(process: subprocess.Popen[Any], *, seconds: float = 30.0) -> None:
@@ -21,6 +24,12 @@ def end(process: subprocess.Popen[Any], *, seconds: float = 30.0) -> None:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        # The rest may be about to remove what it has in shared memory.
+        until = time.monotonic() + _REST_SECONDS
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait(30)

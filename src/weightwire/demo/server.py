@@ -22,6 +22,7 @@ __all__ = ["Server", "free_port"]
 
 _READY_SECONDS = 420.0
 _STOP_SECONDS = 20.0
+_REST_SECONDS = 10.0  # once a server has gone, its other processes remove what they had in shared memory
 _TAIL_LINES = 25
 
 # A model this small is fastest on one thread, which leaves the other core to the trainer.
@@ -109,10 +110,18 @@ class Server:
             "\n".join([f"the log of {self.url} ends:", *(f"  {line}" for line in lines)]), file=sys.stderr, flush=True
         )
 
+    def _wait_for_rest(self) -> None:
+        until = time.monotonic() + _REST_SECONDS
+        with contextlib.suppress(ProcessLookupError):
+            while time.monotonic() < until:
+                os.killpg(self._process.pid, 0)
+                time.sleep(0.05)
+
     def _stop(self) -> None:
         try:
             self._process.terminate()
             self._process.wait(_STOP_SECONDS)
+            self._wait_for_rest()
         except subprocess.TimeoutExpired:
             pass
         finally:
