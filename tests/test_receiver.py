@@ -243,7 +243,8 @@ class Updates(RuleBasedStateMachine):
         expected: type[WeightwireError] | None = None
         if self.held is not None:
             expected = BusyError
-        elif self.version is not None and version <= self.version:
+        elif self.version is not None and version < self.version + (not self.poisoned):
+            # Poisoned, it may hold a version that another rank failed to take: that may be sent again.
             expected = VersionError
         elif self.poisoned and partial:
             expected = PoisonedError
