@@ -14,7 +14,7 @@ import psutil
 
 __all__ = ["end"]
 
-_REST_SECONDS = 10.0
+_REST_SECONDS = 4.0
 
 
 def end(process: subprocess.Popen[Any], *, seconds: float = 30.0) -> None:
