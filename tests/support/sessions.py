@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from weightwire.demo.server import end_session
 
 __all__ = ["end"]
 
@@ -20,19 +20,7 @@ _REST_SECONDS = 4.0
 def end(process: subprocess.Popen[Any], *, seconds: float = 30.0) -> None:
     """End it, then whatever is left of the session it leads, and of what that had in shared memory."""
     segments = _segments(process.pid)
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-    with contextlib.suppress(ProcessLookupError):
-        # The rest may be about to remove what it has in shared memory.
-        until = time.monotonic() + _REST_SECONDS
-        while time.monotonic() < until:
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait(30)
+    end_session(process, stop=seconds, rest=_REST_SECONDS)
     for segment in segments:
         segment.unlink(missing_ok=True)
 

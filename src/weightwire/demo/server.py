@@ -12,17 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import httpx2 as httpx
 
 from weightwire.errors import DeadlineError, EngineLost, WeightwireError
 
-__all__ = ["Server", "free_port"]
+__all__ = ["Server", "end_session", "free_port"]
 
 _READY_SECONDS = 420.0
 _STOP_SECONDS = 20.0
 _REST_SECONDS = 10.0  # once a server has gone, its other processes remove what they had in shared memory
+_KILLED_SECONDS = 30.0
 _TAIL_LINES = 25
 
 # A model this small is fastest on one thread, which leaves the other core to the trainer.
@@ -110,22 +111,23 @@ class Server:
             "\n".join([f"the log of {self.url} ends:", *(f"  {line}" for line in lines)]), file=sys.stderr, flush=True
         )
 
-    def _wait_for_rest(self) -> None:
-        until = time.monotonic() + _REST_SECONDS
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < until:
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.05)
-
     def _stop(self) -> None:
-        try:
-            self._process.terminate()
-            self._process.wait(_STOP_SECONDS)
-            self._wait_for_rest()
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            # Whoever of its session is still there: the server itself, or workers that it left behind.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        end_session(self._process, stop=_STOP_SECONDS, rest=_REST_SECONDS)
+
+
+def end_session(process: subprocess.Popen[Any], *, stop: float, rest: float) -> None:
+    """End the leader of a session, and with it the session: in `stop` and `rest` seconds, or by SIGKILL."""
+    try:
+        process.terminate()
+        process.wait(stop)
+        until = time.monotonic() + rest
+        while time.monotonic() < until:
+            os.killpg(process.pid, 0)
+            time.sleep(0.05)
+    except (subprocess.TimeoutExpired, ProcessLookupError):
+        pass
+    finally:
+        # Whoever of it is still there: the leader itself, or workers that it left behind.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(_KILLED_SECONDS)
