@@ -1,11 +1,50 @@
-"""What scripts say that tests run as processes of their own."""
+"""Scripts that tests run as processes of their own, and what they say."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
-__all__ = ["last_json"]
+__all__ = ["Ended", "last_json", "run_ranks"]
+
+
+class Ended(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_ranks(
+    script: Path, *arguments: object, size: int, seconds: float, environment: Mapping[str, str]
+) -> list[Ended]:
+    """How a script ended on each of `size` ranks, which find each other by torchrun's variables."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**environment, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, str(script), *map(str, arguments)]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **common, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        said = [rank.communicate(timeout=seconds) for rank in ranks]
+        return [Ended(rank.returncode, out, err) for rank, (out, err) in zip(ranks, said, strict=True)]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def last_json(output: str) -> dict[str, Any]:

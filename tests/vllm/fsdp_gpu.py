@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,8 +18,10 @@ from typing import Any
 import models
 import torch
 import torch.distributed as dist
+from servers import Server, complete, serving
 
 import weightwire as ww
+from support.scripts import last_json, run_ranks
 from weightwire.sources.fsdp import FsdpSource
 
 SEED = 7
@@ -80,90 +80,35 @@ def rank(url: str, folder: str, version: str, how: str) -> None:
 
 
 def ranks(url: str, folder: Path, version: int, how: str) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, __file__, url, str(folder), str(version), how]
-    started = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(n)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for n in range(2)
-    ]
-    try:
-        found = []
-        for process in started:
-            out, err = process.communicate(timeout=200)
-            lines = [line for line in out.splitlines() if line.startswith("{")]
-            if not lines and how != "dies":
-                raise RuntimeError(err[-6000:])
-            found.append(json.loads(lines[-1]) if lines else {"code": process.returncode})
-        return found
-    finally:
-        for process in started:
-            process.kill()
+    found = []
+    for ended in run_ranks(Path(__file__), url, folder, version, how, size=2, seconds=200, environment={}):
+        spoke = any(line.startswith("{") for line in ended.out.splitlines())
+        if not spoke and how != "dies":
+            raise RuntimeError(ended.err[-6000:])
+        found.append(last_json(ended.out) if spoke else {"code": ended.code})
+    return found
 
 
-def serve(path: Path, folder: Path, gpu: int) -> tuple[subprocess.Popen[bytes], Path]:
-    folder.mkdir()
-    command = [
-        sys.executable, "-m", "weightwire.cli.main", "serve", str(path), "--uds", f"{folder}/socket", "--enforce-eager",
-        "--max-model-len", "128", "--dtype", "bfloat16", "--gpu-memory-utilization", "0.1",
-        "--kv-cache-memory-bytes", str(1 << 30), "--served-model-name", "model",
-    ]  # fmt: skip
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu)}
-    with open(folder / "log", "w") as log:
-        return subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True), folder
-
-
-def main(folder: str) -> None:
-    first = models.save(models.new_model("qwen3", tied=True, seed=99).bfloat16(), Path(folder) / "first")
-    trained = models.save(models.new_model("qwen3", tied=True, seed=SEED).bfloat16(), Path(folder) / "trained")
-    servers = [serve(first, Path(folder) / "updated", 1), serve(trained, Path(folder) / "fresh", 0)]
-    try:
-        for process, where in servers:
-            wait_for(process, where)
-        url = f"unix:{servers[0][1]}/socket"
-        results: dict[str, Any] = {"before": generate(servers[0][1])}
-        results["whole"] = ranks(url, Path(folder), 1, "whole")
-        results["updated"], results["fresh"] = (generate(where) for _, where in servers)
-        results["breaks"] = ranks(url, Path(folder), 2, "breaks")
-        started = time.monotonic()
-        results["dies"] = ranks(url, Path(folder), 3, "dies")
-        results["seconds"] = time.monotonic() - started
-        results["still"] = generate(servers[0][1])
-        results["after"] = ranks(url, Path(folder), 4, "whole")
-    finally:
-        for process, _ in servers:
-            os.killpg(process.pid, signal.SIGTERM)
-        for process, _ in servers:
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+def main(path: str) -> None:
+    folder = Path(path)
+    first = models.save(models.new_model("qwen3", tied=True, seed=99).bfloat16(), folder / "first")
+    trained = models.save(models.new_model("qwen3", tied=True, seed=SEED).bfloat16(), folder / "trained")
+    with (
+        serving(first, folder, ["updated"], gpu="1") as (updated,),
+        serving(trained, folder, ["fresh"], gpu="0") as (fresh,),
+    ):
+        results: dict[str, Any] = {"before": said(updated)}
+        results["whole"] = ranks(updated.url, folder, 1, "whole")
+        results["updated"], results["fresh"] = said(updated), said(fresh)
+        results["breaks"] = ranks(updated.url, folder, 2, "breaks")
+        results["dies"] = ranks(updated.url, folder, 3, "dies")
+        results["still"] = said(updated)
+        results["after"] = ranks(updated.url, folder, 4, "whole")
     print("\n" + json.dumps(results))
 
 
-def wait_for(process: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline = time.monotonic() + 300
-    while True:
-        try:
-            with ww.connect(f"unix:{folder}/socket") as engines:
-                engines[0].status(timeout=5)
-            return
-        except (ww.WeightwireError, OSError):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError((folder / "log").read_text()[-4000:]) from None
-            time.sleep(1)
-
-
-def generate(folder: Path) -> Any:
-    import httpx2 as httpx
-
-    body = {"model": "model", "prompt": "hello", "max_tokens": 10, "temperature": 0, "ignore_eos": True, "logprobs": 1}
-    with httpx.Client(transport=httpx.HTTPTransport(uds=f"{folder}/socket"), timeout=60) as client:
-        choice = client.post("http://localhost/v1/completions", json=body).json()["choices"][0]
+def said(server: Server) -> Any:
+    choice = complete(server.url, server.model, logprobs=1)
     return choice["text"], choice["logprobs"]["token_logprobs"]
 
 

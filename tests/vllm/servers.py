@@ -114,14 +114,20 @@ def kill(pid: int) -> None:
 
 def generate(url: str, model: Path) -> Any:
     """What the model says, greedily."""
+    return complete(url, model)["text"]
+
+
+def complete(url: str, model: Path, **more: object) -> Any:
+    """The completion itself; `more` is asked for beside it."""
     import httpx2 as httpx
 
     transport = httpx.HTTPTransport(uds=url.removeprefix("unix:"))
     with httpx.Client(transport=transport, timeout=60, trust_env=False) as client:
         body = {"model": str(model), "prompt": "hello", "max_tokens": 10, "temperature": 0, "ignore_eos": True}
+        body |= more
         reply = client.post("http://localhost/v1/completions", json=body)
         reply.raise_for_status()
-        return reply.json()["choices"][0]["text"]
+        return reply.json()["choices"][0]
 
 
 def wait_until_idle(url: str, *, seconds: float) -> dict[str, Any]:

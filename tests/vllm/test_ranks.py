@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from reference import apart, logprobs
 
 import weightwire as ww
 from conftest import ENVIRONMENT, Server, serving
+from support.scripts import run_ranks
 
 PROMPT = [10, 20, 30, 40]
 
@@ -30,28 +27,12 @@ def pair(served_model: Any, folder: Path) -> Iterator[Server]:
 
 
 def _ranks(server: Server, path: Path, version: int, mode: str) -> list[dict[str, Any]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    script = str(Path(__file__).parent / "fsdp_ranks.py")
-    command = [sys.executable, script, server.url, server.token, str(path), str(version), mode]
-    common = {**os.environ, **ENVIRONMENT, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    processes = [
-        subprocess.Popen(
-            command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    try:
-        results = []
-        for process in processes:
-            out, err = process.communicate(timeout=400)
-            assert process.returncode == 0, err[-4000:]
-            results.append(json.loads(out.splitlines()[-1]))
-        return results
-    finally:
-        for process in processes:
-            process.kill()
+    script = Path(__file__).parent / "fsdp_ranks.py"
+    arguments = (server.url, server.token, path, version, mode)
+    ranks = run_ranks(script, *arguments, size=2, seconds=400, environment=ENVIRONMENT)
+    for rank in ranks:
+        assert rank.code == 0, rank.err[-4000:]
+    return [json.loads(rank.out.splitlines()[-1]) for rank in ranks]
 
 
 def test_two_fsdp_ranks_publish_to_two_engine_ranks(pair: Server, folder: Path) -> None:
