@@ -272,6 +272,7 @@ def load(updates: int) -> dict[str, Any]:
                         time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
                     rate = (tokens() - before) / (time.perf_counter() - started)
                     found["none" if keep_cache is None else str(keep_cache)].append(rate)
+                    print(json.dumps({"keep_cache": keep_cache, "tokens/s": rate}), flush=True)
                 over.set()
         for request in requests:
             request.join(30)
