@@ -197,7 +197,7 @@ def failures(bench: Bench) -> dict[str, Any]:
         publisher.publish(7)
     before = bench.generate("pair")
     last = len(bench.rpc("process_id")) - 1
-    for step in ("write", "seal", "check", "commit"):
+    for step in ("write_bucket", "seal", "check", "commit"):
         bench.rpc("fail_next_adapter", last, step)
         with ww.Publisher(new, both, adapter="pair") as publisher:
             try:

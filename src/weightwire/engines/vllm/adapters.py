@@ -6,8 +6,9 @@ the store, by the same steps as a file: PEFT's config through vLLM's helper, ten
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.digest import Scan, all_finite, scan_joined_any, settle
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
@@ -49,14 +51,17 @@ class AdapterStore:
     """The revisions that one worker holds, by id: their tensors in host memory, in the dtype vLLM casts them to. On
     their way in, of an engine on a GPU, they are there."""
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, enter_thread: Callable[[], None] = lambda: None) -> None:
         self._worker = worker
         self._sent: dict[int, tuple[dict[str, torch.Tensor], Any]] = {}
         self._built: dict[int, Any] = {}
         self._manager: Any = None
         self._binding: tuple[object, _Binding] | None = None
-        # What an adapter needs before its first byte is made here, while the trainer reads that.
-        self.early = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-adapter")
+        # What an adapter needs before its first byte is made here, while the trainer reads that; and what can be done
+        # beside the engine's own thread.
+        self.beside = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="weightwire-adapter", initializer=enter_thread
+        )
         self.loads: dict[str, int] = {}
         """How often vLLM has asked for each path."""
 
@@ -79,15 +84,18 @@ class AdapterStore:
         if self._manager is not None and revision.id in self._manager.list_adapters():
             self._manager.remove_adapter(revision.id)
 
-    def enter(self, revision: Revision, tensors: dict[str, torch.Tensor], helper: Any, built: Any) -> int:
-        """Have vLLM load and activate a revision; the slot that it is in."""
+    def enter(
+        self, revision: Revision, tensors: dict[str, torch.Tensor], binding: _Binding, built: Any
+    ) -> tuple[dict[str, Proof], str]:
+        """Have vLLM load and activate a revision, and read it back (`_Binding.read_back`)."""
         from vllm.lora.request import LoRARequest
 
-        self._sent[revision.id] = (tensors, helper)
+        self._sent[revision.id] = (tensors, binding.helper)
         self._built[revision.id] = built
-        self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
+        with binding.filling() as given:
+            self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
         slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
-        return slots.index(revision.id)
+        return binding.read_back(slots.index(revision.id), given, self.beside)
 
     def _find_manager(self) -> Any:
         if self._manager is None:
@@ -201,35 +209,67 @@ class _Binding:
         if not self.modules:
             raise ManifestError("the adapter binds to no module of this engine")
 
-    def read_back(self, slot: int, loras: dict[str, Any]) -> tuple[dict[str, Proof], str]:
-        """How each live module was shown to hold in `slot` what it should, and one digest of what they all hold. By two
-        calls: to compare hundreds of small matrices one by one takes longer than to read them."""
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[dict[str, list[torch.Tensor | None]]]:
+        """While this lasts, what vLLM sets of these modules is noted, by the module's name, and at its end all of it is
+        put into the slots at once: one by one, hundreds of small matrices take longer than their bytes."""
+        plain = _plain_setters()
+        given: dict[str, list[torch.Tensor | None]] = {}
+        slots: dict[str, int] = {}
+
+        def note(name: str, module: Any, index: int, a: Any, b: Any) -> None:
+            given[name], slots[name] = _on_this_rank(module, a, b), index
+
+        noting = {name: module for name, module in self.modules.items() if type(module).set_lora in plain}
+        for name, module in noting.items():
+            module.__dict__["set_lora"] = functools.partial(note, name, module)
+        try:
+            yield given
+        finally:
+            for module in noting.values():
+                module.__dict__.pop("set_lora", None)
+        places, parts = [], []
+        for name, matrices in given.items():
+            for place, part in zip(_in_slot(noting[name], slots[name]), matrices, strict=True):
+                if part is None or part.shape != place.shape[1:]:
+                    place.zero_()  # of what the adapter before has left beside a smaller one
+                if part is not None:
+                    places.append(place[0, : part.shape[0], : part.shape[1]])
+                    parts.append(part)
+        torch._foreach_copy_(places, parts)
+
+    def read_back(
+        self, slot: int, given: Mapping[str, Sequence[torch.Tensor | None]], beside: ThreadPoolExecutor
+    ) -> tuple[dict[str, Proof], str]:
+        """How each live module was shown to hold in `slot` what it was `given`, and one digest of what they all hold.
+        Of hundreds of small matrices, which are compared and scanned together where a call for each would cost more."""
         proof: dict[str, Proof] = {}
-        places: list[torch.Tensor] = []
-        filled: list[torch.Tensor] = []
         held: list[torch.Tensor] = []
+        places: list[torch.Tensor] = []
+        expected: list[torch.Tensor] = []
         for name, module in self.modules.items():
-            found, parts = _in_slot(module, slot), _expected(module, loras[name])
+            found, parts = _in_slot(module, slot), given.get(name)
             proof[name] = "staged" if parts is None else "read back"
             held += found if parts is None else [part for part in parts if part is not None]
             if parts is not None:
                 places += found
-                filled += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
-        digest, expected = settle([scan_joined_any(places), scan_joined_any(filled)])
-        if digest != expected:
-            raise VerificationError(
-                f"{self._differing(slot, loras)} was read back and does not hold the adapter that was sent"
-            )
+                expected += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
         # Without what fills a slot up, and with what could not be compared.
-        alike = len(held) == len(places) and _numel(places) == _numel(held)
-        return proof, (digest if alike else settle([scan_joined_any(held)])[0]).digest.hex()
+        whole = len(held) == len(places) and _numel(held) == _numel(places)
+        scan = functools.partial(scan_joined_any, places if whole else held)
+        # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
+        scanning = None if places and places[0].is_cuda else beside.submit(scan)
+        if not _alike(places, expected):
+            wrong = next(n for n, parts in given.items() if not _holds(_in_slot(self.modules[n], slot), parts))
+            raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
+        return proof, settle([scanning.result() if scanning else scan()])[0].digest.hex()
 
-    def _differing(self, slot: int, loras: dict[str, Any]) -> str:
-        for name, module in self.modules.items():
-            for part, place in zip(_expected(module, loras[name]) or (), _in_slot(module, slot), strict=False):
-                if not torch.equal(place[0], _filled_up(part, place)):
-                    return name
-        return "the adapter"
+
+def _plain_setters() -> tuple[Any, ...]:
+    """The ways to set a module that do no more than copy what it takes of each matrix into its slot."""
+    from vllm.lora.layers import MergedColumnParallelLinearWithLoRA, ReplicatedLinearWithLoRA
+
+    return ReplicatedLinearWithLoRA.set_lora, MergedColumnParallelLinearWithLoRA.set_lora
 
 
 def _sizes(module: Any, part: int) -> tuple[int, int] | None:
@@ -260,35 +300,54 @@ class _Staged(StagedAdapter):
         self._built: Any = None
         self._device = torch.device(binding.manager.device)
         self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._kept: dict[str, torch.Tensor] = {}
         self._proof: dict[str, Proof] = {}
+        self._rows: dict[int, torch.Tensor] = {}
+        self._lent: list[tuple[int, torch.Tensor]] = []
+        self._on_host = _OnHost([])
+        self._loras: dict[str, Any] = {}
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
-        self._early = store.early.submit(self._lay_out)
+        self._early = store.beside.submit(self._lay_out)
 
     def _lay_out(self) -> tuple[dict[str, torch.Tensor], Any]:
         """Make room for each tensor, which `write` fills, and vLLM's model of them; gives what that was made of too."""
         given: dict[str, torch.Tensor] = {}
         for a in (True, False):
-            specs = [spec for spec in self._specs if _is_a(spec.name) is a]
+            numbers = [number for number, spec in enumerate(self._specs) if _is_a(spec.name) is a]
+            specs = [self._specs[number] for number in numbers]
             sizes = [spec.numel for spec in specs]
             flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
             # vLLM scales each B in place, and what was sent may be asked for again: so its model has its own.
             own = flat if a else torch.empty_like(flat)
             for spec, part, owned in zip(specs, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
                 self._tensors[spec.name], given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
+            self._rows.update(zip(numbers, torch.split(flat, sizes), strict=True))
             self._flat.append((flat, own))
         return given, self._build(given)
 
     def _build(self, given: dict[str, torch.Tensor]) -> Any:
         return build(self._binding.manager, self._revision.id, given, self._binding.helper)
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
         self._early.result()
-        super().write(tensor, start, data)
+        to, parts = [], []
+        for number, start, count, offset in bucket.pieces:
+            dtype = getattr(torch, self._specs[number].dtype)
+            to.append(self._rows[number][start : start + count])
+            parts.append(data[offset : offset + count * dtype.itemsize].view(dtype))
+        torch._foreach_copy_(to, parts)
+
+    def copy_all(self, room: int) -> bool:
+        return False  # it is copied anyway, and small
+
+    def lend(self, tensor: int, data: torch.Tensor) -> None:
+        self._lent.append((tensor, data.reshape(-1)))
 
     def seal(self, scans: Sequence[Scan]) -> None:
         given, built = self._early.result()
+        if self._lent:
+            torch._foreach_copy_([self._rows[number] for number, _ in self._lent], [data for _, data in self._lent])
+            self._lent.clear()
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = any(getattr(torch, spec.dtype) != self._dtype for spec in self._specs)
         if self._finite and cast and not all(all_finite(flat) for flat, _ in self._flat):
@@ -299,32 +358,85 @@ class _Staged(StagedAdapter):
         for flat, own in self._flat:
             if own is not flat:
                 own.copy_(flat)
-        self._kept = _on_host(self._tensors, [flat for flat, _ in self._flat])
         self._built = built if _is_made_of(built, given) else self._build(given)
+        for lora in self._built.loras.values():
+            lora.optimize()  # as vLLM does when it takes it, on the thread that generates
+        self._on_host = _OnHost([each for both in self._flat for each in both])
 
     def check(self, seconds: float) -> bool:
         if self._built is None:
             return True
-        slot = self._store.enter(self._revision, self._kept, self._binding.helper, self._built)
-        loras = self._built.loras
-        # What vLLM caches is for host memory, too. It has scaled what it was given in place.
-        of_host = _on_host(_matrices(loras), [own for _, own in self._flat])
-        self._proof, self._held = self._binding.read_back(slot, loras)
-        _replace(loras, of_host)
-        self._built = None
+        built, self._built = self._built, None
+        self._on_host.wait_for_device()
+        kept = {name: self._on_host.of(tensor) for name, tensor in self._tensors.items()}
+        self._proof, self._held = self._store.enter(self._revision, kept, self._binding, built)
+        self._loras = built.loras
         return True
+
+    def commit(self) -> None:
+        # What vLLM caches is for host memory, too.
+        self._on_host.wait()
+        for lora in self._loras.values():
+            for which in ("lora_a", "lora_b"):
+                setattr(lora, which, self._on_host.of_all(getattr(lora, which)))
 
     def proof(self) -> dict[str, Proof]:
         return self._proof
 
     def discard(self) -> None:
         super().discard()
-        self._kept = {}
+        self._on_host.wait()
+        self._on_host, self._loras = _OnHost([]), {}
         self._flat.clear()
+        self._rows.clear()
+        self._lent.clear()
         self._built = None
         self._early.cancel()
         self._early = Future()  # whoever comes after this finds it cancelled too
         self._early.cancel()
+
+
+class _OnHost:
+    """Copies of tensors in pinned host memory, on their way as long as nobody waits for them; of tensors that are there
+    themselves, none. `flat`: each one whole piece of memory, of which others are parts."""
+
+    def __init__(self, flat: Sequence[torch.Tensor]) -> None:
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._there: torch.cuda.Event | None = None
+        self._here: torch.cuda.Event | None = None
+        if not flat or flat[0].device.type == "cpu":
+            return
+        stream = torch.cuda.current_stream(flat[0].device)
+        self._there = stream.record_event()
+        for each in flat:
+            if each.untyped_storage().data_ptr() not in self._copies:
+                copy = torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+                self._copies[each.untyped_storage().data_ptr()] = (each, copy)
+        self._here = stream.record_event()
+
+    def wait_for_device(self) -> None:
+        """Have the current stream wait for what was done to the tensors before they were copied."""
+        if self._there is not None:
+            torch.cuda.current_stream().wait_event(self._there)
+
+    def wait(self) -> None:
+        """Wait until the copies are complete."""
+        if self._here is not None:
+            self._here.synchronize()
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same part of the copy; what is part of none is copied now."""
+        if tensor.device.type == "cpu":
+            return tensor
+        if (found := self._copies.get(tensor.untyped_storage().data_ptr())) is None:
+            return tensor.cpu()
+        return found[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def of_all(self, matrices: Any) -> Any:
+        """Of one matrix, or of a list in which some may be None."""
+        if isinstance(matrices, list):
+            return [None if each is None else self.of(each) for each in matrices]
+        return None if matrices is None else self.of(matrices)
 
 
 def _in_slot(module: Any, slot: int) -> list[torch.Tensor]:
@@ -333,11 +445,8 @@ def _in_slot(module: Any, slot: int) -> list[torch.Tensor]:
     return [stack[slot] for each in stacks for stack in (each if isinstance(each, tuple) else (each,))]
 
 
-def _expected(module: Any, lora: Any) -> list[torch.Tensor | None] | None:
-    """What it should hold on this rank, by vLLM's own slicing; None for a kind of module that we do not know."""
-    if not hasattr(module, "n_slices"):
-        return None
-    a, b = lora.lora_a, lora.lora_b
+def _on_this_rank(module: Any, a: Any, b: Any) -> list[torch.Tensor | None]:
+    """What a module takes of a matrix A and a matrix B, or of several, by vLLM's own slicing."""
     if isinstance(b, list) and len(b) != module.n_slices:
         a, b = module.expand_packed_lora(a, b)
     if module.tp_size > 1:
@@ -367,43 +476,23 @@ def _numel(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _on_host(tensors: dict[K, torch.Tensor], flat: Sequence[torch.Tensor]) -> dict[K, torch.Tensor]:
-    """The same tensors, most of them parts of `flat`, in pinned host memory; themselves where they are there."""
-    if all(tensor.device.type == "cpu" for tensor in tensors.values()):
-        return dict(tensors)
-    copies = {}
-    for each in flat:
-        copied = torch.empty_like(each, device="cpu", pin_memory=True)
-        copies[each.untyped_storage().data_ptr()] = copied.copy_(each, non_blocking=True)
-
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        whole = copies.get(tensor.untyped_storage().data_ptr())
-        return (
-            tensor.cpu() if whole is None else whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-        )
-
-    found = {name: copy(tensor) for name, tensor in tensors.items()}
-    torch.cuda.current_stream(flat[0].device).synchronize()
-    return found
+def _holds(places: Sequence[torch.Tensor], parts: Sequence[torch.Tensor | None]) -> bool:
+    return _alike(places, [_filled_up(part, place) for part, place in zip(parts, places, strict=True)])
 
 
-def _matrices(loras: dict[str, Any]) -> dict[tuple[str, str, int], torch.Tensor]:
-    """Those of vLLM's model: by module, `lora_a` or `lora_b`, and number where a module has several."""
-    return {
-        (name, which, number): matrix
-        for name, lora in loras.items()
-        for which in ("lora_a", "lora_b")
-        for number, matrix in enumerate(_listed(getattr(lora, which)))
-        if matrix is not None
-    }
+def _alike(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    """Whether they are equal bit for bit. On a GPU laid end to end, and compared by one call."""
+    if ones and ones[0].is_cuda:
+        ones, others = ([torch.cat([each.reshape(-1) for each in side])] for side in (ones, others))
+    return all(torch.equal(*_bits(one, other)) for one, other in zip(ones, others, strict=True))
 
 
-def _replace(loras: dict[str, Any], matrices: dict[tuple[str, str, int], torch.Tensor]) -> None:
-    for (name, which, number), matrix in matrices.items():
-        if isinstance(listed := getattr(loras[name], which), list):
-            listed[number] = matrix
-        else:
-            setattr(loras[name], which, matrix)
+def _bits(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both as integers, as wide ones as can be, since each is compared by itself."""
+    one, other = one.reshape(-1), other.reshape(-1)
+    wide = all(t.nbytes % 8 == 0 and t.storage_offset() * t.itemsize % 8 == 0 for t in (one, other))
+    dtype = torch.int64 if wide else {1: torch.uint8, 2: torch.int16, 4: torch.int32}[one.itemsize]
+    return one.view(dtype), other.view(dtype)
 
 
 def _listed(matrices: Any) -> list[Any]:

@@ -50,16 +50,24 @@ class VllmTarget:
         self._held: Any = None
         self._host: HostCopy | None = None
         self._spare = Spare()
-        self.adapters = AdapterStore(worker)
+        device = torch.device(worker.device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.adapters = AdapterStore(worker, self._enter_stream)
+
+    def _enter_stream(self) -> None:
+        """What this thread does on a GPU runs beside what the engine does there, in memory that the engine's own
+        kernels, queued and not yet run, have never had."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._stream.device)
+            torch.cuda.set_stream(self._stream)
 
     def enter_thread(self) -> None:
-        """Called once on the thread that receives: what it does on a GPU runs beside what the engine does there."""
+        """Called once on the thread that receives."""
         device = torch.device(self._worker.device)
+        self._enter_stream()
         if device.type == "cuda":
             from weightwire.engines.vllm import device as gpu
 
-            torch.cuda.set_device(device)
-            torch.cuda.set_stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             try:
                 gpu.warm_up(device)
             except Exception:
