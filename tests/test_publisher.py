@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import os
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
 import weightwire as ww
 from support import same, snapshot, tiny, weights_for
-from weightwire import transports
+from weightwire import run, transports
 from weightwire.sources import find
 from weightwire.sources.tensors import TensorSource
 from weightwire.transports import gloo, shm
@@ -445,6 +447,85 @@ def test_engines_that_end_differently_are_told_apart(engines: Any) -> None:
     assert same(bad.model, new)
 
 
+# -- how often engines are asked ---------------------------------------------------------------------------------------
+
+
+def calls_of(engine: ww.TransformersEngine) -> list[str]:
+    """From now on, every call of the engine's workers."""
+    host, made = engine._host, []
+    call = host.call
+
+    async def noted(op: str, *args: Any) -> Any:
+        made.append(op)
+        return await call(op, *args)
+
+    host.call = noted
+    return made
+
+
+def test_an_engine_that_fetches_from_the_beginning_is_not_asked_how_far_it_is(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_PATIENCE_SECONDS", 60.0)
+    engine = engines()
+    calls = calls_of(engine)
+    publish(new := weights_for(engine.model, 1), engine, 1, transport="shm", bucket_bytes=4096)
+    assert same(engine.model, new)
+    asked = [op for op in calls if op not in ("status", "try_offers", "poll", "proof")]
+    assert asked == ["begin", "seal", "commit", "record"]
+
+
+def test_when_an_engine_fails_to_fetch_it_says_so_after_a_while(engines: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engines()
+    old = snapshot(engine.model)
+    calls = calls_of(engine)
+
+    def fail(*_: Any) -> Any:
+        raise ww.TransportError("the disk is on fire")
+
+    monkeypatch.setattr(engine._host.receiver, "_fetch", fail)
+    with pytest.raises(ww.TransportError, match="the disk is on fire") as caught:
+        publish(weights_for(engine.model, 1), engine, 1, transport="shm", bucket_bytes=4096)
+    assert (caught.value.engine, caught.value.phase) == ("a", "stage")
+    assert "stage" in calls
+    monkeypatch.undo()
+    assert_unharmed(engine, old, None)
+
+
+def test_buckets_are_filled_while_engines_begin(engines: Any, shm_root: Path) -> None:
+    engine = engines()
+    host, call, seen = engine._host, engine._host.call, []
+
+    async def late(op: str, *args: Any) -> Any:
+        if op == "begin":
+            await engines_loop_until(lambda: any(path.name.endswith("-0-0") for path in shm_root.iterdir()))
+            seen.append(op)
+        return await call(op, *args)
+
+    host.call = late
+    publish(new := weights_for(engine.model, 1), engine, 1, transport="shm", bucket_bytes=4096)
+    assert seen == ["begin"]
+    assert same(engine.model, new)
+
+
+async def engines_loop_until(ready: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+def test_an_engine_with_other_ranks_than_it_had_is_refused(engines: Any) -> None:
+    engine = engines()
+    old, begin = snapshot(engine.model), engine.begin
+    engine.begin = lambda *args, **how: msgspec.structs.replace(begin(*args, **how), ranks=2)
+    with pytest.raises(ww.EngineError, match=r"on 2 ranks, expected was .* on 1") as caught:
+        publish(weights_for(engine.model, 1), engine, 1)
+    assert (caught.value.engine, caught.value.phase) == ("a", "begin")
+    engine.begin = begin
+    assert_unharmed(engine, old, None)
+
+
 # -- deadlines -----------------------------------------------------------------------------------------------------
 
 
@@ -471,12 +552,15 @@ def test_an_engine_that_never_answers_is_named_in_time(engines: Any, op: str) ->
     old = snapshot(silent.model)
     mend = hang(silent, op)
     started = time.monotonic()
+    if op == "stage":  # is not asked unless something has to be waited for
+        silent._host.receiver._fetch = lambda _, arrivals: iter([arrivals.cancelled.wait(60)][:0])
     with pytest.raises(ww.DeadlineError) as caught:
         publish(weights_for(silent.model, 1), everyone, 1, deadline=1.5)
     assert time.monotonic() - started < 30
     assert "silent" in str(caught.value.engine)
     assert caught.value.phase == op
     mend()
+    silent._host.receiver._fetch = transports.fetch
     until(lambda: silent.status().update is None)
     for engine in everyone:
         assert engine.status().version is None

@@ -541,6 +541,15 @@ def test_an_update_that_is_no_more_says_why(how: Any, reason: str) -> None:
     receiver.abort("u")
 
 
+def test_an_id_is_taken_once() -> None:
+    receiver = make(FakeTarget())
+    receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    receiver.abort("u")
+    with pytest.raises(StateError, match="there was an update u: it was aborted"):
+        receiver.begin("u", manifest_of(1), "trainer", LEASE)
+    receiver.begin("v", manifest_of(1), "trainer", LEASE)
+
+
 def test_a_receipt_that_comes_late_is_not_the_last() -> None:
     receiver = make(FakeTarget())
     for id, version in (("u", 1), ("v", 2)):

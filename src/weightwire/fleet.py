@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from weightwire.engines.base import Engine
 from weightwire.errors import DeadlineError, EngineError, WeightwireError
 
-__all__ = ["Fleet"]
+__all__ = ["Fleet", "Started", "results"]
 
 logger = logging.getLogger("vllm.weightwire.publisher")
 
 T = TypeVar("T")
+Started = Mapping[str, "Future[T | WeightwireError]"]
 
 
 class Fleet:
@@ -37,11 +38,8 @@ class Fleet:
         """Work that goes on beside what the others do."""
         return self._pool.submit(work)
 
-    def outcomes(
-        self, phase: str, work: Callable[[Engine], T], meanwhile: Callable[[], None] = lambda: None
-    ) -> dict[str, T | WeightwireError]:
-        """The same on every engine at once, and something else here: what came of it, or the error, by the engine's
-        name."""
+    def start(self, phase: str, work: Callable[[Engine], T]) -> Started[T]:
+        """The same on every engine at once: by the engine's name, what will come of it, or the error."""
 
         def guarded(engine: Engine) -> T | WeightwireError:
             try:
@@ -52,23 +50,30 @@ class Fleet:
                 logger.exception("weightwire: %s: %s", engine.name, phase)
                 return EngineError(f"unexpected {error!r}", engine=engine.name, phase=phase)
 
-        jobs = {engine.name: self._pool.submit(guarded, engine) for engine in self.engines}
-        try:
-            meanwhile()
-        finally:
-            outcomes = {name: job.result() for name, job in jobs.items()}
-        return outcomes
+        return {engine.name: self._pool.submit(guarded, engine) for engine in self.engines}
 
-    def each(
-        self, phase: str, work: Callable[[Engine], T], meanwhile: Callable[[], None] = lambda: None
-    ) -> dict[str, T]:
-        """The same; raises the first error, once all have answered."""
-        outcomes = self.outcomes(phase, work, meanwhile)
-        for outcome in outcomes.values():
-            if isinstance(outcome, WeightwireError):
-                raise outcome
-        return outcomes  # type: ignore[return-value]
+    def outcomes(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T | WeightwireError]:
+        """The same, once all have answered."""
+        return {name: job.result() for name, job in self.start(phase, work).items()}
+
+    def each(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T]:
+        """The same; raises the first error."""
+        return results(self.start(phase, work))
 
     def close(self) -> None:
         """Leave threads that still wait for an engine to end by themselves."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def results(started: Started[T]) -> dict[str, T]:
+    """What `Fleet.start` has started, once all have answered; raises the first error."""
+    found: dict[str, T] = {}
+    errors: list[WeightwireError] = []
+    for name, job in started.items():
+        if isinstance(outcome := job.result(), WeightwireError):
+            errors.append(outcome)
+        else:
+            found[name] = outcome
+    if errors:
+        raise errors[0]
+    return found

@@ -199,6 +199,8 @@ class Receiver:
             manifest = manifest if isinstance(manifest, Manifest) else decode_manifest(manifest)
             if self._closed:
                 raise StateError("the engine was closed", next_step="Connect to it again.")
+            if id in self._ended:
+                raise StateError(f"there was an update {id}: {self._ended[id]}", next_step="Choose a new id.")
             if (held := self._update) is not None:
                 raise BusyError(
                     f"held by {held.holder}, which is sending version {held.manifest.version},"

@@ -6,19 +6,21 @@ import contextlib
 import functools
 import itertools
 import os
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import msgspec
 import torch
 
 from weightwire import transports
-from weightwire.engines.base import Begun, Engine, KeepCache, Pause
+from weightwire.engines.base import Begun, Engine, EngineStatus, KeepCache, Pause
 from weightwire.errors import (
     DeadlineError,
+    EngineError,
     EngineLost,
     PublishError,
     SourceError,
@@ -27,7 +29,7 @@ from weightwire.errors import (
     UsageError,
     WeightwireError,
 )
-from weightwire.fleet import Fleet
+from weightwire.fleet import Fleet, Started, results
 from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
@@ -45,6 +47,7 @@ __all__ = ["Means", "Run"]
 
 _PHASES = ("begin", "stage", "seal", "commit")
 _ABORT_SECONDS = 5.0
+_PATIENCE_SECONDS = 0.2
 _WHY_SECONDS = 2.0  # how long engines are heard about why sending has failed; that a worker died is seen in half a one
 _LENT_BUCKET_BYTES = 256 << 20  # where an engine copies what another GPU lends
 
@@ -66,16 +69,19 @@ class Means:
     def choose(self, engine: Engine, timeout: float) -> Choice:
         """The transport to an engine; looked for once, until a publish fails."""
         if engine.name not in self.choices:
+            answers: list[EngineStatus] = []
+
+            def ask(offers: Sequence[str]) -> Mapping[str, str | None]:
+                answers.append(engine.status(offers, timeout=timeout))
+                return answers[0].offers
+
             try:
-                self.choices[engine.name] = transports.resolve(
-                    self.transports,
-                    lambda offers: engine.status(offers, timeout=timeout).offers,
-                    host=engine.host,
-                    wanted=self.wanted,
-                    over_http=engine.over_http,
+                choice = transports.resolve(
+                    self.transports, ask, host=engine.host, wanted=self.wanted, over_http=engine.over_http
                 )
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="resolve") from None
+            self.choices[engine.name] = replace(choice, ranks=answers[0].ranks)
         return self.choices[engine.name]
 
 
@@ -91,12 +97,15 @@ class Run:
         self._ranks = means.source.ranks
         self._together = Together(self._ranks)
         self._fleet = Fleet(means.engines, deadline)
-        self._begun: dict[str, Begun] = {}
+        self._ids = {engine.name: secrets.token_hex(16) for engine in means.engines}
+        self._beginning: Started[Begun] = {}
         self._senders: list[Sender] = []
         self._lent = contextlib.ExitStack()
         self._addresses: dict[str, str] = {}
         self._ahead: list[torch.Tensor] = []
         self._ahead_scans: list[Scan | Pending] = []
+        self._told: dict[str, str | None] = {}
+        self._unasked: list[Callable[[], None]] = []
         self._stages: list[Future[None]] = []
         self._route = Route(why=why)
         self.committing = False
@@ -146,15 +155,29 @@ class Run:
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take(reading.read_own))
         behind = self._stage_behind(manifest)
+        together.on_leader(self._await_begun)
         marks.append(time.perf_counter())
-        together.on_leader(lambda: self._seal(scans, behind))
+        digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
+        alone = self._ranks is None and len(digests) == 1  # then it waits for nobody, and is asked once
+        if not alone:
+            together.on_leader(lambda: self._seal(digests))
         marks.append(time.perf_counter())
         # From here on engines may differ, and aborting could not make them alike again.
         self.committing = True
         if kept is not None:
             kept.committing(version, self._route.own)
-        receipts = together.from_leader(lambda: self._commit(manifest, pause, keep_cache), dict[str, EngineReceipt])
+        sealing = digests if alone else {}
+        try:
+            receipts = together.from_leader(
+                lambda: self._commit(manifest, pause, keep_cache, sealing), dict[str, EngineReceipt]
+            )
+        except WeightwireError as error:
+            # What failed to seal it serves what it did.
+            self.committing = not alone or error.phase not in _PHASES[:-1]
+            raise
         marks.append(time.perf_counter())
+        for receipt in receipts.values() if alone else ():
+            marks[-2] = min(marks[-2] + receipt.seconds["seal"], marks[-1])
         seconds = {phase: b - a for phase, (a, b) in zip(_PHASES, itertools.pairwise(marks), strict=True)}
         if self.of_deltas:
             seconds = {"encode": encoded - marks[0], **seconds, "begin": marks[1] - encoded}
@@ -206,8 +229,9 @@ class Run:
             # What was found out about the transports may no longer be so.
             self._means.choices.clear()
         if not self._done and not self.committing:
-            begun = [engine for engine in self._fleet.engines if engine.name in self._begun]
-            wait([self._fleet.submit(functools.partial(self._abort, engine)) for engine in begun])
+            begun = {name for name, job in self._beginning.items() if isinstance(job.result(), Begun)}
+            taken = [engine for engine in self._fleet.engines if engine.name in begun]
+            wait([self._fleet.submit(functools.partial(self._abort, engine)) for engine in taken])
         self._fleet.close()
         self._source.release()
 
@@ -266,18 +290,42 @@ class Run:
         def begin(engine: Engine) -> Begun:
             lends = self._choices[engine.name].name not in senders and not manifest.adapter
             own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
-            address = self._addresses.get(self._choices[engine.name].name)
-            if engine.name in behind:  # its turn comes after the others'
-                own, address = behind[engine.name], None
-            begun = engine.begin(
-                own, holder=holder, lease=self._means.lease, address=address, timeout=self._fleet.left()
+            return engine.begin(
+                behind.get(engine.name, own),
+                holder=holder,
+                lease=self._means.lease,
+                address=self._told[engine.name],
+                id=self._ids[engine.name],
+                timeout=self._fleet.left(),
             )
-            self._begun[engine.name] = begun
-            return begun
 
-        self._fleet.each("begin", begin, meanwhile=self._scan_ahead)
+        # Of those that are behind, the turn comes after the others'.
+        self._told = {
+            name: None if name in behind else self._addresses.get(choice.name) for name, choice in self._choices.items()
+        }
+        self._beginning = self._fleet.start("begin", begin)
+        self._scan_ahead()
+        if not self._sends_early(senders):
+            self._await_begun()
         self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
         return manifest
+
+    def _sends_early(self, senders: Mapping[str, Transport]) -> bool:
+        """Whether the first buckets can be filled while engines begin: all know where to look for them. Not where a
+        baseline takes them along, which is to stay as it is if an engine refuses."""
+        taken_along = self._baseline is not None and not self.of_deltas
+        return self._ranks is None and not taken_along and all(way.address is not None for way in senders.values())
+
+    def _await_begun(self) -> None:
+        for name, begun in results(self._beginning).items():
+            expected = (self._ids[name], self._choices[name].ranks)
+            if (begun.id, begun.ranks) != expected:
+                raise EngineError(
+                    f"began {begun.id} on {begun.ranks} ranks, expected was {expected[0]} on {expected[1]}",
+                    engine=name,
+                    phase="begin",
+                    next_step="Publish again.",
+                )
 
     def _offer(self, manifest: Manifest, engines: Sequence[Engine]) -> None:
         for name, way in self._ways.items():
@@ -300,22 +348,30 @@ class Run:
         self._senders.append(sender)
         for engine, address in zip(engines, sender.addresses, strict=True):
             if address is not None:
-                self._stages.append(self._fleet.submit(functools.partial(self._fetch, engine, address)))
+                self._unasked.append(functools.partial(self._fetch, engine, address))
+        if any(self._told[engine.name] != address for engine, address in zip(engines, sender.addresses, strict=True)):
+            self._ask()
 
     def _link(self, engine: Engine) -> Link:
-        begun = self._begun[engine.name]
+        id = self._ids[engine.name]
 
         def put(index: int, body: memoryview) -> None:
             try:
-                engine.put(begun.id, index, body, timeout=self._fleet.left())
+                engine.put(id, index, body, timeout=self._fleet.left())
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="stage") from None
 
-        return Link(engine=engine.name, update=begun.id, ranks=begun.ranks, put=put)
+        return Link(engine=engine.name, update=id, ranks=self._choices[engine.name].ranks, put=put)
+
+    def _ask(self) -> None:
+        """Have engines fetch, and say how it ended. Those that do so since they began are not asked until something has
+        to be waited for: each question takes time from what is asked about."""
+        while self._unasked and all(job.done() for job in self._beginning.values()):
+            self._stages.append(self._fleet.submit(self._unasked.pop()))
 
     def _fetch(self, engine: Engine, address: str) -> None:
         try:
-            engine.stage(self._begun[engine.name].id, address, timeout=self._fleet.left())
+            engine.stage(self._id(engine), address, timeout=self._fleet.left())
         except WeightwireError as error:
             raise error.at(engine=engine.name, phase="stage") from None
 
@@ -435,18 +491,22 @@ class Run:
     def _why(self, error: WeightwireError, seconds: float) -> WeightwireError:
         """What an engine says of a failure while it staged, if it says so by then; first of all one that was lost,
         which may be why others failed."""
+        self._ask()
         found = [stage.exception() for stage in wait(self._stages, seconds).done]
         errors = [each for each in found if isinstance(each, WeightwireError) and not isinstance(each, UpdateNotFound)]
         lost = [each for each in errors if isinstance(each, EngineLost)]
         return next(iter([*lost, *errors, error]))
 
     def _raise_failed(self) -> None:
+        if any(job.done() and isinstance(job.result(), WeightwireError) for job in self._beginning.values()):
+            self._await_begun()
         for stage in self._stages:
             error = stage.exception() if stage.done() else None
             if error is not None:
                 raise self._why(error, _WHY_SECONDS) if isinstance(error, TransportError) else error
 
     def _end_stages(self) -> None:
+        self._unasked.clear()  # what was sent to the end has been taken
         for stage in self._stages:
             self._wait(stage.done, "every rank to have every bucket")
         self._raise_failed()
@@ -457,10 +517,9 @@ class Run:
         while self._senders:
             self._senders.pop().close()
 
-    def _seal(self, scans: Sequence[Scan], behind: Mapping[str, Sequence[Scan]]) -> None:
+    def _seal(self, digests: Mapping[str, Sequence[str]]) -> None:
         def seal(engine: Engine) -> None:
-            digests = [scan.digest.hex() for scan in behind.get(engine.name, scans)]
-            engine.seal(self._id(engine), digests, timeout=self._fleet.left())
+            engine.seal(self._id(engine), digests[engine.name], timeout=self._fleet.left())
 
         try:
             self._fleet.each("seal", seal)
@@ -469,9 +528,19 @@ class Run:
             raise self._why(gone, _ABORT_SECONDS) from None
         self._end_stages()
 
-    def _commit(self, manifest: Manifest, pause: Pause, keep_cache: KeepCache) -> dict[str, EngineReceipt]:
+    def _commit(
+        self, manifest: Manifest, pause: Pause, keep_cache: KeepCache, digests: Mapping[str, Sequence[str]]
+    ) -> dict[str, EngineReceipt]:
+        """`digests`: of engines that are to seal it first."""
+
         def commit(engine: Engine) -> EngineReceipt:
-            return engine.commit(self._id(engine), pause=pause, keep_cache=keep_cache, timeout=self._fleet.left())
+            return engine.commit(
+                self._id(engine),
+                digests=digests.get(engine.name),
+                pause=pause,
+                keep_cache=keep_cache,
+                timeout=self._fleet.left(),
+            )
 
         outcomes = self._fleet.outcomes("commit", commit)
         errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
@@ -480,7 +549,9 @@ class Run:
         if manifest.kind == "adapter" and self._undo([e for e in self._fleet.engines if e.name not in errors]):
             raise next(iter(errors.values()))
         if len(errors) == len(outcomes) == 1:
-            raise next(iter(errors.values()))
+            error = next(iter(errors.values()))
+            ended = isinstance(error, UpdateNotFound) and error.phase == "seal"
+            raise self._why(error, _ABORT_SECONDS) if ended else error
         raise PublishError(
             f"{len(errors)} of {len(outcomes)} engines did not commit: {'; '.join(map(str, errors.values()))}",
             phase="commit",
@@ -496,16 +567,19 @@ class Run:
     # -- helpers ---------------------------------------------------------------------------------------------------
 
     def _id(self, engine: Engine) -> str:
-        return self._begun[engine.name].id
+        return self._ids[engine.name]
 
     def _abort(self, engine: Engine) -> None:
         engine.abort(self._id(engine), timeout=_ABORT_SECONDS)
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
-        pause = 0.00005
+        pause, since = 0.00005, time.monotonic()
         while not ready():
+            if time.monotonic() - since > _PATIENCE_SECONDS:
+                self._ask()
             self._raise_failed()
             if time.monotonic() > self._fleet.deadline:
+                self._await_begun()
                 slow = ", ".join(engine.name for engine in self._fleet.engines)
                 raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
             time.sleep(pause)

@@ -85,8 +85,8 @@ class Here:
         manifest = {"version": 1, "tensors": tensors, "bucket_bytes": 4096}
         return {"manifest": manifest, "holder": "a test", "lease": 60.0}
 
-    def begin(self) -> str:
-        status, answer = self.client.call("POST", "/updates", self.plain())
+    def begin(self, **more: Any) -> str:
+        status, answer = self.client.call("POST", "/updates", self.plain() | more)
         assert status == 201
         return str(answer["id"])
 
@@ -756,6 +756,24 @@ def test_a_client_that_hangs_up_during_stage_frees_the_engine(here: Here) -> Non
     with ww.connect(here.server.url, token=TOKEN) as engines, ww.Publisher(here.weights, engines) as publisher:
         publisher.publish(1)
     assert same(here.model, here.weights)
+
+
+def test_a_client_that_hangs_up_while_its_commit_seals_frees_the_engine(
+    here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routes, "_WATCH_SECONDS", 0.05)
+    id = here.begin(address="shm:", id="ab" * 16)
+    assert id == "ab" * 16
+    body = json.dumps({"digests": ["0" * 32] * 4}).encode()
+    request = head("POST", f"/updates/{id}/commit", f"{routes.TOKEN_HEADER}: {TOKEN}", f"Content-Length: {len(body)}")
+    with socket.create_connection(("127.0.0.1", here.server.port), timeout=60) as connection:
+        connection.sendall((request + "\r\n").encode() + body)
+        until(lambda: bool(here.engine.receiver._update and len(here.engine.receiver._update.jobs) == 2))
+    until(here.unchanged)
+    assert (
+        "the trainer hung up" in here.client.call("POST", f"/updates/{id}/seal", {"digests": []})[1]["error"]["message"]
+    )
+    assert here.untouched()
 
 
 def test_a_client_that_hangs_up_during_commit_breaks_nothing_off(here: Here, monkeypatch: pytest.MonkeyPatch) -> None:

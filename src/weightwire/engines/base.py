@@ -63,10 +63,18 @@ class Engine(Protocol):
         """The engine's state. `offers` are addresses of transports to be tried (`transports.resolve`)."""
 
     def begin(
-        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+        self,
+        manifest: Manifest,
+        *,
+        holder: str,
+        lease: float,
+        address: str | None = None,
+        id: str | None = None,
+        timeout: float,
     ) -> Begun:
         """Check a manifest on every rank and take the engine for this update. With an `address`, every rank goes on to
-        fetch from it at once, as `stage` would have it do."""
+        fetch from it at once, as `stage` would have it do. `id`: 32 hexadecimal digits, new, or the engine makes one.
+        """
 
     def stage(self, id: str, address: str, *, timeout: float) -> None:
         """Have every rank fetch every bucket from `address`, if it does not do so yet; returns when all have."""
@@ -77,8 +85,11 @@ class Engine(Protocol):
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         """Verify on every rank what has arrived, or once what is being fetched has, and make ready to commit."""
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
-        """Make it live on every rank, between two model steps."""
+    def commit(
+        self, id: str, *, digests: Sequence[str] | None = None, pause: Pause, keep_cache: KeepCache, timeout: float
+    ) -> EngineReceipt:
+        """Make it live on every rank, between two model steps. With `digests`, `seal` it first: of one engine alone,
+        for which nobody else is waited for. A failure that was in that has another phase than `commit`."""
 
     def abort(self, id: str, *, timeout: float) -> None:
         """Forget the update; the old version serves on."""

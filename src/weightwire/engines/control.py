@@ -54,6 +54,10 @@ class Host(Protocol):
     def idle(self) -> bool:
         """Whether it is certain that nothing is being generated, so that workers may take their time to answer."""
 
+    @property
+    def in_order(self) -> bool:
+        """Whether calls may be made before those before them were answered, and are carried out in that order."""
+
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         """`Receiver.handle` on every rank, in rank order. A rank that is gone is an `EngineLost`."""
 
@@ -118,9 +122,15 @@ class Control:
         return (await self.status((), timeout)).poisoned
 
     async def begin(
-        self, manifest: Manifest, holder: str, lease: float, timeout: float, address: str | None = None
+        self,
+        manifest: Manifest,
+        holder: str,
+        lease: float,
+        timeout: float,
+        address: str | None = None,
+        id: str | None = None,
     ) -> Begun:
-        id, deadline = secrets.token_hex(16), time.monotonic() + timeout
+        id, deadline = id or secrets.token_hex(16), time.monotonic() + timeout
         plain = msgspec.to_builtins(manifest)
         in_place = manifest.staging == "none"
         early = None if in_place else address
@@ -176,7 +186,7 @@ class Control:
             ) from error
         stood = max(part["stood"] for part in parts)
         receipt = self._receipt(parts, max(resumed - started, stood), time.monotonic() - resumed, proofs)
-        await self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
+        await self._record(id, receipt)
         return receipt
 
     def _is_sealed_adapter(self, id: str) -> bool:
@@ -207,8 +217,7 @@ class Control:
                 raise
             await self._list([part["adapters"] for part in parts])
         receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
-        # Waited for: an `LLM` of this process takes one call at a time, and the next may be the trainer's own.
-        await self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt))
+        await self._record(id, receipt)
         return receipt
 
     async def refresh(self, timeout: float) -> None:
@@ -266,6 +275,16 @@ class Control:
             await asyncio.sleep(wait)
             wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
         return ranks
+
+    async def _record(self, id: str, receipt: EngineReceipt) -> None:
+        recorded = asyncio.ensure_future(self._clean_up("record", id=id, receipt=msgspec.to_builtins(receipt)))
+        if self.host.in_order:
+            # Whoever asks for it, asks later.
+            await asyncio.sleep(0)
+            _leave(recorded)
+        else:
+            # An `LLM` of this process takes one call at a time, and the next may be the trainer's own.
+            await recorded
 
     def _receipt(
         self, parts: list[dict[str, Any]], paused: float, verifying: float, proofs: list[dict[str, Any]]

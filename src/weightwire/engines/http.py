@@ -60,9 +60,17 @@ class HttpEngine:
         return msgspec.structs.replace(status, engine=self.name, receipt=receipt)
 
     def begin(
-        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+        self,
+        manifest: Manifest,
+        *,
+        holder: str,
+        lease: float,
+        address: str | None = None,
+        id: str | None = None,
+        timeout: float,
     ) -> Begun:
-        body = msgspec.json.encode({"manifest": manifest, "holder": holder, "lease": lease, "address": address})
+        said = {"manifest": manifest, "holder": holder, "lease": lease, "address": address, "id": id}
+        body = msgspec.json.encode(said)
         begun: Begun = self._call("POST", "/updates", timeout, body, phase="begin", reply=Begun)
         return begun
 
@@ -75,8 +83,10 @@ class HttpEngine:
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         self._call("POST", f"/updates/{id}/seal", timeout, msgspec.json.encode({"digests": digests}))
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
-        body = msgspec.json.encode({"pause": pause, "keep_cache": keep_cache})
+    def commit(
+        self, id: str, *, digests: Sequence[str] | None = None, pause: Pause, keep_cache: KeepCache, timeout: float
+    ) -> EngineReceipt:
+        body = msgspec.json.encode({"pause": pause, "keep_cache": keep_cache, "digests": digests})
         receipt: EngineReceipt = self._call("POST", f"/updates/{id}/commit", timeout, body, reply=EngineReceipt)
         return msgspec.structs.replace(receipt, engine=self.name)
 

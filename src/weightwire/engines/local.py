@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
@@ -35,9 +36,16 @@ class LocalEngine:
         return self._run(lambda: self._control.status(offers, timeout), timeout)
 
     def begin(
-        self, manifest: Manifest, *, holder: str, lease: float, address: str | None = None, timeout: float
+        self,
+        manifest: Manifest,
+        *,
+        holder: str,
+        lease: float,
+        address: str | None = None,
+        id: str | None = None,
+        timeout: float,
     ) -> Begun:
-        return self._run(lambda: self._control.begin(manifest, holder, lease, timeout, address), timeout)
+        return self._run(lambda: self._control.begin(manifest, holder, lease, timeout, address, id), timeout)
 
     def stage(self, id: str, address: str, *, timeout: float) -> None:
         self._run(lambda: self._control.stage(id, address, timeout), timeout)
@@ -48,7 +56,13 @@ class LocalEngine:
     def seal(self, id: str, digests: Sequence[str], *, timeout: float) -> None:
         self._run(lambda: self._control.seal(id, digests, timeout), timeout)
 
-    def commit(self, id: str, *, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
+    def commit(
+        self, id: str, *, digests: Sequence[str] | None = None, pause: Pause, keep_cache: KeepCache, timeout: float
+    ) -> EngineReceipt:
+        end = time.monotonic() + timeout
+        if digests is not None:
+            self.seal(id, digests, timeout=timeout)
+            timeout = end - time.monotonic()
         return self._run(lambda: self._control.commit(id, pause, keep_cache, timeout), timeout)
 
     def abort(self, id: str, *, timeout: float) -> None:

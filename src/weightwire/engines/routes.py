@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -53,6 +54,7 @@ Handler = Callable[[Request, Control, bytes], Awaitable[Any]]
 
 Address = Annotated[str, msgspec.Meta(max_length=MAX_JSON_BODY)]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
+Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=32, max_length=32)]
 DigestText = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=32, max_length=32)]
 
 
@@ -61,6 +63,7 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
     holder: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = "unnamed"
     lease: Lease = 60.0
     address: Address | None = None
+    id: Id | None = None
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -74,6 +77,7 @@ class SealBody(msgspec.Struct, forbid_unknown_fields=True):
 class CommitBody(msgspec.Struct, forbid_unknown_fields=True):
     pause: Pause = "keep"
     keep_cache: KeepCache = False
+    digests: list[DigestText] | None = None
 
 
 class _Safetensors:
@@ -123,7 +127,7 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
         """Check a manifest and take the engine for one update; with an address, begin to stage from it."""
         body = _parsed(data, BeginBody)
         manifest = decode_manifest(body.manifest)
-        return await control.begin(manifest, body.holder, body.lease, _seconds(request), body.address)
+        return await control.begin(manifest, body.holder, body.lease, _seconds(request), body.address, body.id)
 
     @route("POST", "/updates/{id}/stage", body=StageBody, status=204)
     async def stage(request: Request, control: Control, data: bytes) -> None:
@@ -145,10 +149,12 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
 
     @route("POST", "/updates/{id}/commit", body=CommitBody, reply=EngineReceipt)
     async def commit(request: Request, control: Control, data: bytes) -> EngineReceipt:
-        """Make it live."""
-        body = _parsed(data, CommitBody)
+        """Make it live; with digests, seal it first."""
+        body, id, end = _parsed(data, CommitBody), _id(request), time.monotonic() + _seconds(request)
+        if body.digests is not None:
+            await control.seal(id, body.digests, end - time.monotonic())
         # A commit is not broken off when the trainer hangs up: it either happened or it did not.
-        return await asyncio.shield(control.commit(_id(request), body.pause, body.keep_cache, _seconds(request)))
+        return await asyncio.shield(control.commit(id, body.pause, body.keep_cache, end - time.monotonic()))
 
     @route("DELETE", "/updates/{id}", status=204)
     async def abort(request: Request, control: Control, _: bytes) -> None:

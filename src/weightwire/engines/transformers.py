@@ -155,7 +155,7 @@ class _Host:
     def __init__(self, name: str, module: torch.nn.Module, lock: threading.RLock) -> None:
         self.name = name
         self.model = type(module).__name__
-        self.idle = False  # its receiver is asked from a thread, beside the model
+        self.idle = self.in_order = False  # its receiver is asked from a thread, beside the model
         self.adapters = ModuleAdapters(module, lock)
         target = ModuleTarget(self.adapters)
         self.receiver = Receiver(

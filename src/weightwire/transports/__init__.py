@@ -63,6 +63,8 @@ class Choice:
 
     name: str
     reasons: Mapping[str, str | None] = field(default_factory=dict)
+    ranks: int = 1
+    """How many ranks the engine has."""
 
     @property
     def usable(self) -> list[str]:

@@ -30,6 +30,7 @@ _PREFIX = "weightwire"
 _ADDRESS = "shm:"
 _LEAST_BUCKET = 256 << 10
 _OVERLAPPING = 8
+_FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
 
 
 class Shm:
@@ -83,7 +84,7 @@ class _Segment:
         try:
             # Reserved now: a full /dev/shm must be an error here, not a SIGBUS at the first touch.
             os.posix_fallocate(self._fd, 0, max(nbytes, 1))
-            self._map = mmap.mmap(self._fd, max(nbytes, 1))
+            self._map = mmap.mmap(self._fd, max(nbytes, 1), flags=_FLAGS)
         except BaseException as error:
             self._remove()
             if isinstance(error, OSError):
@@ -210,7 +211,9 @@ def _map(fd: int) -> torch.Tensor:
     # Writable, because torch warns of read-only memory; nothing ever writes to it. Shared, because what the trainer
     # writes later must be seen.
     nbytes = os.fstat(fd).st_size
-    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8) if nbytes else torch.empty(0, dtype=torch.uint8)
+    if not nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(fd, nbytes, flags=_FLAGS), dtype=torch.uint8)
 
 
 def _name(root: Path, update: str, bucket: int, rank: int) -> Path:

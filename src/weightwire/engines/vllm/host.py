@@ -39,6 +39,8 @@ class AsyncHost:
         """Whether the engine was started with LoRA."""
         return self._engine.vllm_config.lora_config is not None
 
+    in_order = True
+
     @property
     def idle(self) -> bool:
         # Of several API servers each knows only its own requests.
@@ -127,7 +129,7 @@ class SyncHost:
         self._engine = llm.llm_engine
         self.name = name
         self.model = str(llm.model_config.model)
-        self.idle = True
+        self.idle, self.in_order = True, False
         self._turn = threading.Lock()
         self.names = names_of(llm)
         self.in_use, self.list = self.names.in_use, self.names.list
