@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 
 from weightwire.baseline import Baseline, Read
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
-from weightwire.sources.base import Source
-from weightwire.updates.boxes import Rows
+from weightwire.sources.base import Source, SpreadSource
+from weightwire.updates.boxes import Part, Rows
 from weightwire.updates.delta import Delta
-from weightwire.updates.digest import Scan, scan_tensors_any, settle
+from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["DeviceBaseline"]
@@ -27,7 +28,8 @@ _SAMPLE = 1024  # elements of each tensor
 
 
 class DeviceBaseline(Baseline):
-    """`Baseline` of a source whose tensors are whole and on one GPU; else it raises `UnsupportedError`, by name."""
+    """`Baseline` of a source whose tensors, or this rank's parts of them, are each one piece on one GPU, and runs of
+    the whole; else it raises `UnsupportedError`, by name."""
 
     reads_along = False
 
@@ -35,7 +37,9 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
-        self._device = next(iter(self._current().values())).device
+        self._device = torch.device("cpu")
+        if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
+            self._device = next(iter(self._current().values())).device
 
     def density(self, read: Read) -> float:
         from weightwire.updates.delta_cuda import density  # needs Triton
@@ -48,7 +52,8 @@ class DeviceBaseline(Baseline):
         news, deltas = self._news(), []
         for first, last in batches([new.numel() for new in news], _ELEMENTS):
             names = [spec.name for spec in self._specs[first:last]]
-            made = encode_all(names, self._tensors[first:last], news[first:last])
+            starts = [part.start for part in self._parts[first:last]]
+            made = encode_all(names, self._tensors[first:last], news[first:last], starts=starts)
             for number, (name, (delta, nonfinite)) in enumerate(zip(names, made, strict=True), first):
                 if finite and nonfinite:
                     raise NonFinite(
@@ -81,23 +86,34 @@ class DeviceBaseline(Baseline):
             patches.write()
         self._digests = [delta.after for delta in deltas]
         self.version = version
-        if start is not None:
+        if start is not None and not self._spread:
             # Pinned memory is dear, and the next deltas take what these leave.
             self.chain.add(start, [dataclasses.replace(delta, data=delta.data.clone()) for delta in deltas])
 
-    def start(self, specs: tuple[TensorSpec, ...], *parts: object) -> None:
+    def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
         self.chain.clear()
+        self._spread = self._source.ranks is not None
+        parts = parts or tuple(Part.whole(spec.shape) for spec in specs)
+        if odd := next((s.name for s, part in zip(specs, parts, strict=True) if not part.is_run), None):
+            raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device
-        if specs != self._specs or any(tensor.device != self._device for tensor in self._tensors):
-            self._specs, self._tensors = specs, []  # before there are new ones
+        if (specs, parts) != (self._specs, self._parts) or any(t.device != self._device for t in self._tensors):
+            self._specs, self._parts, self._tensors = specs, parts, []  # before there are new ones
             self._tensors = [
-                torch.empty(spec.numel, dtype=getattr(torch, spec.dtype), device=self._device) for spec in specs
+                torch.empty(part.numel, dtype=getattr(torch, spec.dtype), device=self._device)
+                for spec, part in zip(specs, parts, strict=True)
             ]
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         super().write(tensor, start, data)
         self._written = True
+
+    def take_own(self, read: Read) -> list[Scan]:
+        for base, new in zip(self._tensors, self._news(), strict=True):
+            base.copy_(new)
+        self._written = True
+        return self._scan()
 
     def finish(self, version: int, scans: Sequence[Scan]) -> None:
         """What nobody has written is as the parameters are."""
@@ -105,26 +121,31 @@ class DeviceBaseline(Baseline):
             for base, new in zip(self._tensors, self._news(), strict=True):
                 base.copy_(new)
         self._digests = [scanned.digest for scanned in scans]
-        kept = settle(scan_tensors_any(self._tensors))
         # Weights that changed while they were published are no base for a delta.
-        self.version = version if [scanned.digest for scanned in kept] == self._digests else None
+        self.version = version if [scanned.digest for scanned in self._scan()] == self._digests else None
+
+    def _scan(self) -> list[Scan]:
+        parts = zip(self._tensors, self._parts, strict=True)
+        return settle(scan_boxes_any([(base.view(part.box.shape), part.box, part.shape) for base, part in parts]))
 
     def _current(self) -> dict[str, torch.Tensor]:
-        whole = getattr(self._source, "whole", None)
-        specs = self._source.metadata()
-        tensors = None if whole is None or self._source.ranks is not None else whole()
-        if not tensors:
-            raise UnsupportedError(
-                f"baseline='device': {type(self._source).__name__} does not have its tensors whole on a GPU",
-                next_step="Take baseline='host'.",
+        if self._source.ranks is not None:
+            named = {name: tensor.detach() for name, tensor in cast(SpreadSource, self._source).own().items()}
+        else:
+            specs = self._source.metadata()
+            whole = getattr(self._source, "whole", None)
+            tensors = (whole() if whole else None) or ()
+            named = {spec.name: tensor.detach() for spec, tensor in zip(specs, tensors, strict=bool(tensors))}
+        if not named:
+            raise _unsupported(
+                f"{type(self._source).__name__} does not have its tensors whole on a GPU", "Take baseline='host'."
             )
-        named = {spec.name: tensor.detach() for spec, tensor in zip(specs, tensors, strict=True)}
-        device = tensors[0].device
+        device = next(iter(named.values())).device
         for name, tensor in named.items():
             if tensor.device.type not in _DEVICES or tensor.device != device or not tensor.is_contiguous():
-                raise UnsupportedError(
-                    f"baseline='device': {name} is on {tensor.device} with strides {tensor.stride()}",
-                    next_step="All tensors must be contiguous on one GPU; else take baseline='host'.",
+                raise _unsupported(
+                    f"{name} is on {tensor.device} with strides {tensor.stride()}",
+                    "All tensors must be contiguous on one GPU; else take baseline='host'.",
                 )
         return named
 
@@ -134,3 +155,7 @@ class DeviceBaseline(Baseline):
 
 
 _DEVICES = {"cuda"}
+
+
+def _unsupported(why: str, next_step: str) -> UnsupportedError:
+    return UnsupportedError(f"baseline='device': {why}", next_step=next_step)

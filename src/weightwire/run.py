@@ -146,14 +146,14 @@ class Run:
         )
         manifest = together.from_leader(lambda: self._begin(draft.check()), Manifest)
         if baseline is not None and not self.of_deltas:
-            baseline.start(reading.specs, reading.mine)
+            together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         marks.append(time.perf_counter())
         scans = own = self._stage(manifest, self._route.deltas)
         if self._route.behind or not cut(manifest):
             # Others' senders come next; and where nothing is sent, to seal could be quicker than to stage.
             together.on_leader(self._end_stages)
         if baseline is not None and not self.of_deltas and self._ranks is not None:
-            own = together.everywhere(lambda: baseline.take(reading.read_own))
+            own = together.everywhere(lambda: baseline.take_own(reading.read_own))
         behind = self._stage_behind(manifest)
         together.on_leader(self._await_begun)
         marks.append(time.perf_counter())

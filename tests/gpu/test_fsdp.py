@@ -20,7 +20,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_what_two_ranks_hold_goes_from_gpu_to_gpu_and_is_what_a_fresh_engine_loads(results: dict[str, Any]) -> None:
-    whole = {"version": 1, "transport": "nccl", "gathers": True, "proven": ["read back"]}
+    whole = {"version": 1, "transport": "nccl", "gathers": True, "kind": "dense", "proven": ["read back"]}
     assert results["whole"] == [whole, whole]
     assert results["updated"] == results["fresh"] != results["before"]
 
@@ -36,4 +36,11 @@ def test_a_rank_that_dies_while_others_gather_is_an_error_and_the_next_update_is
     assert "in vain" in results["dies"][0]["error"]
     assert results["dies"][1] == {"code": -9}
     assert results["still"] == results["updated"]
-    assert [result["version"] for result in results["after"]] == [4, 4]
+
+
+def test_each_rank_encodes_what_it_has_on_its_gpu(results: dict[str, Any]) -> None:
+    for result in results["deltas"]:
+        assert (result["version"], result["kind"], result["proven"]) == (5, "delta", ["read back"])
+    assert results["changed"] != results["updated"]
+    assert [result["version"] for result in results["after"]] == [6, 6]
+    assert results["back"] == results["updated"]

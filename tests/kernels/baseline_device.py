@@ -9,7 +9,8 @@ from weightwire.baseline_device import DeviceBaseline
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
 from weightwire.updates import delta_cuda
-from weightwire.updates.delta import decode, parse
+from weightwire.updates.boxes import Box, Part
+from weightwire.updates.delta import decode, join, parse
 from weightwire.updates.digest import scan
 
 
@@ -121,3 +122,57 @@ def test_what_is_not_on_a_gpu_is_refused_by_name(tensors, monkeypatch):
     monkeypatch.setattr(baseline_device, "_DEVICES", {"cuda"})
     with pytest.raises(UnsupportedError, match="baseline='device': w is on cpu"):
         DeviceBaseline(TensorSource({"w": torch.zeros(3)}))
+
+
+class Spread:
+    """One rank's half of each tensor, of two: the first rows, or the others."""
+
+    def __init__(self, rank, whole, cut=0):
+        self.ranks, self._whole, self._cut = rank, whole, cut
+
+    def own(self):
+        return {name: tensor[self.part(tensor).slices()] for name, tensor in self._whole.items()}
+
+    def part(self, tensor):
+        size = tensor.shape[self._cut]
+        start, stop = [0, size // 3, size][self.ranks :][:2]
+        first, shape = [0] * tensor.dim(), list(tensor.shape)
+        first[self._cut], shape[self._cut] = start, stop - start
+        return Cut(tuple(tensor.shape), Box(tuple(first), tuple(shape)))
+
+
+class Cut(Part):
+    def slices(self):
+        return tuple(slice(a, a + n) for a, n in zip(*self.box, strict=True))
+
+
+def test_ranks_encode_their_own_parts_and_nothing_else(tensors):
+    whole = {name: tensor for name, tensor in tensors.items() if tensor.dim()} | {"row": torch.ones(1, 5).to(DEVICE)}
+    specs = tuple(TensorSource(whole).metadata())
+    sources = [Spread(rank, whole) for rank in range(2)]
+    parts = [[source.part(whole[spec.name]) for spec in specs] for source in sources]
+    baselines = [DeviceBaseline(source) for source in sources]
+    for baseline, mine in zip(baselines, parts, strict=True):
+        baseline.start(specs, tuple(mine))
+        baseline.finish(1, baseline.take_own(unread))
+        assert baseline.version == 1
+    engine = {name: tensor.cpu().clone() for name, tensor in whole.items()}
+    for version in (2, 3):
+        whole["a"][version::2, ::3] *= -1.5
+        whole["b"][version::30] += 1
+        own = [baseline.encode(unread, finite=True) for baseline in baselines]
+        for n, spec in enumerate(specs):
+            delta = join(spec.name, [(mine[n], deltas[n]) for mine, deltas in zip(parts, own, strict=True)])
+            decode(spec.name, parse(spec.name, delta.data), engine[spec.name]).apply(engine[spec.name])
+            assert torch.equal(engine[spec.name], whole[spec.name].cpu()), spec
+        for baseline, deltas in zip(baselines, own, strict=True):
+            baseline.advance(version, deltas)
+            assert baseline.chain.nbytes == 0  # of parts no steps are kept
+    assert baselines[0].refusal(specs, tuple(parts[1])) is not None
+
+
+def test_what_is_cut_along_an_inner_dimension_is_refused_by_name(tensors):
+    whole = {"a": tensors["a"]}
+    source = Spread(0, whole, cut=1)
+    with pytest.raises(UnsupportedError, match="baseline='device': a is cut along an inner dimension"):
+        DeviceBaseline(source).start(tuple(TensorSource(whole).metadata()), (source.part(whole["a"]),))

@@ -11,6 +11,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from weightwire.updates.boxes import NOTHING
 from weightwire.updates.digest import scan, settle
 
 __all__ = ["Model", "Peak", "bits", "default_group_works", "gathered", "holder", "reads_frugally", "reads_like"]
@@ -87,6 +88,11 @@ def gathers_like(source: Any, full: Mapping[str, torch.Tensor]) -> None:
     if source.ranks.rank == 0:
         for (number, start, out), run in zip(runs, wanted, strict=True):
             assert torch.equal(bits(out), bits(run)), (specs[number], start)
+    for number, (name, own) in enumerate(source.own().items()):
+        part = source.parts(number).get(source.ranks.rank, NOTHING)
+        read = torch.empty(part.numel, dtype=own.dtype)
+        source.read_part(number, 0, read)
+        assert torch.equal(bits(own), bits(read)), name
     totals = source.ranks.total(settle(source.scan_own()))
     assert totals == [scan(full[spec.name].reshape(-1)) for spec in specs]
 

@@ -2,7 +2,7 @@
 
 python fsdp_gpu.py FOLDER                starts the engine, and the ranks as processes of their own
 python fsdp_gpu.py URL FOLDER VERSION HOW  one rank, by torchrun's variables; on HOW "breaks" rank 1 cannot read, on
-                                         "dies" it ends in the middle
+                                         "dies" it ends in the middle, on "deltas" it goes on with a delta
 """
 
 from __future__ import annotations
@@ -58,16 +58,21 @@ def rank(url: str, folder: str, version: str, how: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    kind = {"whole": FsdpSource, "breaks": Broken, "dies": Dying}[how]
-    source = kind(model, timeout=20)
+    source = {"breaks": Broken, "dies": Dying}.get(how, FsdpSource)(model, timeout=20)
     engines = ww.connect(url) if device.index == 0 else None
     result: dict[str, Any] = {}
-    with ww.Publisher(source, engines, bucket_bytes=1 << 16, lease=20, deadline=60) as publisher:
+    baseline = "device" if how == "deltas" else None
+    with ww.Publisher(source, engines, bucket_bytes=1 << 16, lease=20, deadline=60, baseline=baseline) as publisher:
         started = time.monotonic()
         try:
             receipt = publisher.publish(int(version))
+            if how == "deltas":
+                for parameter in model.parameters():
+                    parameter.to_local().detach().view(-1)[::100] *= 1.01
+                receipt = publisher.publish(int(version) + 1)
             engine = next(iter(receipt.engines.values()))
             result = {"version": receipt.version, "transport": engine.transport, "gathers": source.gathers}
+            result["kind"] = receipt.kind
             result["proven"] = sorted(set(engine.proven.values()))
         except ww.WeightwireError as error:
             result = {"error": str(error), "seconds": time.monotonic() - started}
@@ -103,7 +108,10 @@ def main(path: str) -> None:
         results["breaks"] = ranks(updated.url, folder, 2, "breaks")
         results["dies"] = ranks(updated.url, folder, 3, "dies")
         results["still"] = said(updated)
-        results["after"] = ranks(updated.url, folder, 4, "whole")
+        results["deltas"] = ranks(updated.url, folder, 4, "deltas")
+        results["changed"] = said(updated)
+        results["after"] = ranks(updated.url, folder, 6, "whole")
+        results["back"] = said(updated)
     print("\n" + json.dumps(results))
 
 

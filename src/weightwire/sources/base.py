@@ -70,6 +70,9 @@ class SpreadSource(Source, Protocol):
     def scan_own(self) -> list[Scan | Pending]:
         """For each tensor the scan of the elements of it that this rank is to send."""
 
+    def own(self) -> Mapping[str, torch.Tensor]:
+        """By name, this rank's part of each tensor, as it lies in memory; not collective."""
+
     def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
         """Fill `out` (1-D, on the CPU) with this rank's own elements from `start` on, in the order of its part; their
         scan, as elements of the tensor. Not collective."""

@@ -161,6 +161,14 @@ class FsdpSource:
         shape = self._held[tensor].shape
         return {rank: Part(shape, box) for box, rank in self._holders[tensor].items()}
 
+    def own(self) -> Mapping[str, torch.Tensor]:
+        """See `SpreadSource.own`."""
+        boxes = [{rank: box for box, rank in held.items()}.get(self.ranks.rank) for held in self._holders]
+        return {
+            spec.name: held.local.new_empty(0) if box is None else held.part(box)
+            for spec, held, box in zip(self._specs, self._held, boxes, strict=True)
+        }
+
     def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
         """See `SpreadSource.read_part`."""
         part = self.parts(tensor).get(self.ranks.rank, NOTHING)
