@@ -11,6 +11,7 @@ from weightwire.engines.vllm.device import DeviceStaging, Held, Tables
 from weightwire.engines.vllm.device_delta import DeviceDelta
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Box
+from weightwire.updates.buckets import cut
 from weightwire.updates.delta import encode
 from weightwire.updates.digest import scan
 from weightwire.updates.manifest import Manifest, TensorSpec
@@ -111,11 +112,16 @@ class Rank:
 
     def staged(self, data, finite=True):
         encoded = tuple(raw.numel() for raw in data)
-        manifest = Manifest(version=2, kind="delta", base_version=1, tensors=self.specs, encoded=encoded, finite=finite)
+        manifest = Manifest(
+            version=2, kind="delta", base_version=1, tensors=self.specs, encoded=encoded, finite=finite,
+            bucket_bytes=4096,
+        )  # fmt: skip
         staging = DeviceDelta(manifest, self.plan, self.places(), DEVICE, self.held)
-        for number, raw in enumerate(data):
-            staging.write(number, 0, raw[:50])
-            staging.write(number, 50, raw[50:])
+        for bucket in cut(manifest):
+            filled = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+            for number, start, count, offset in bucket.pieces:
+                filled[offset : offset + count] = data[number][start : start + count].cpu()
+            staging.write_bucket(bucket, filled.to(DEVICE))
         return staging
 
     def holds(self, full):
@@ -163,6 +169,22 @@ def test_deltas_follow_each_other(rank, first):
         old = new
     rank.dense(first)
     assert rank.holds(first)
+
+
+def test_where_things_are_is_found_out_again_only_when_they_have_moved(rank, first):
+    def goes_live(old, new):
+        staging = rank.delta(old, new)
+        staging.seal([])
+        staging.commit()
+        staging.proof()
+        assert rank.holds(new)
+        return rank.held.places
+
+    new = [first, *(step(first, seed) for seed in (1, 2, 3))]
+    places = goes_live(new[0], new[1])
+    assert goes_live(new[1], new[2]) is places
+    rank.live = {name: tensor.clone() for name, tensor in rank.live.items()}
+    assert goes_live(new[2], new[3]) is not places
 
 
 def test_undone_it_is_what_it_was_and_can_be_sent_again(rank, first):

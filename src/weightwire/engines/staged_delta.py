@@ -14,6 +14,7 @@ from weightwire.updates.receipt import Proof
 
 __all__ = ["ArrivingDelta", "StagedDelta", "refuse_split_ties"]
 
+_ALIGNMENT = 16  # bytes
 _PATCH = 12  # decoded, a change takes some ten times its encoded bytes
 
 
@@ -23,7 +24,9 @@ class ArrivingDelta:
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
         self._specs = manifest.tensors
         self._finite = manifest.finite
-        self._bytes = [torch.empty(nbytes, dtype=torch.uint8, device=device) for nbytes in manifest.encoded]
+        sizes = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in manifest.encoded]
+        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+        self._bytes = [p[:n] for p, n in zip(torch.split(memory, sizes), manifest.encoded, strict=True)]
         self.nbytes = _PATCH * sum(manifest.encoded)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,7 +25,18 @@ from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, ta
 from weightwire.updates.manifest import Manifest, TensorSpec
 from weightwire.updates.receipt import Proof
 
-__all__ = ["DeviceStaging", "Held", "Region", "Tables", "Version", "synchronize", "table_of", "totals", "warm_up"]
+__all__ = [
+    "DeviceStaging",
+    "Held",
+    "Region",
+    "Tables",
+    "Version",
+    "scanned",
+    "synchronize",
+    "table_of",
+    "totals",
+    "warm_up",
+]
 
 _ALIGNMENT = 256  # bytes, as torch's own memory has
 
@@ -87,6 +98,8 @@ class Held:
 
     plan: Plan | None = None
     version: Version | None = None
+    places: Any = None
+    """Where its regions are in memory, as `DeviceDelta` found it."""
 
     def take(self, plan: Plan | None, version: Version | None) -> None:
         self.plan, self.version = plan, version
@@ -181,7 +194,7 @@ class DeviceStaging:
             self._fill(key)
         self._regions = self._tables.regions
         # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
-        parts = totals(self._tables.parts, self._tables.parts_of, len(self._regions))
+        parts = totals(scanned(self._tables.parts), self._tables.parts_of, len(self._regions))
         self._expected = [
             scans[region.number] if region.is_whole else part for region, part in zip(self._regions, parts, strict=True)
         ]
@@ -199,7 +212,7 @@ class DeviceStaging:
         synchronize(self._device)
 
     def proof(self) -> dict[str, Proof]:
-        found = totals(self._tables.live, self._tables.live_of, len(self._regions))
+        found = totals(scanned(self._tables.live), self._tables.live_of, len(self._regions))
         wrong = sorted(
             {
                 region.copy.parameter
@@ -302,12 +315,16 @@ def table_of(numbered: Sequence[tuple[int, Line]], device: torch.device) -> tupl
     return table([line for _, line in numbered], device), [n for n, _ in numbered]
 
 
-def totals(ready: Table | None, of: Sequence[int], count: int) -> list[Scan]:
-    """Scans of `count` regions, of which a table's lines are parts."""
+def scanned(ready: Table | None) -> list[Pending]:
+    """A scan of each line of a table, queued on the current stream."""
+    return scan_lines(ready) if ready is not None and ready.lines else []
+
+
+def totals(scans: Sequence[Pending], of: Sequence[int], count: int) -> list[Scan]:
+    """Scans of `count` regions, of which these are parts."""
     totals: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * count
-    if ready is not None and ready.lines:
-        for number, scan in zip(of, scan_lines(ready), strict=True):
-            totals[number] = scan + totals[number]
+    for number, scan in zip(of, scans, strict=True):
+        totals[number] = scan + totals[number]
     return settle(totals)
 
 

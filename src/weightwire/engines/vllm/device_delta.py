@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.copy_plan import Plan
-from weightwire.engines.vllm.device import Held, Region, Version, synchronize, table_of, totals
+from weightwire.engines.vllm.device import Held, Region, Version, scanned, synchronize, table_of, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.delta import DELTA_DTYPES, Delta
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
-from weightwire.updates.digest import NO_DIGEST, Digest, Scan, settle
+from weightwire.updates.digest import Digest, Pending, Scan
+from weightwire.updates.digest_cuda import Table
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.patch_cuda import Patches, Site
 from weightwire.updates.receipt import Proof
@@ -44,20 +47,26 @@ class DeviceDelta(ArrivingDelta):
                 next_step="Publish everything first.",
             )
         self.takes = plan.takes
-        self._regions = [
-            Region(spec, number, copy, tensor, 0, ())
-            for number, (spec, copies) in enumerate(zip(manifest.tensors, plan.copies, strict=True))
-            for copy in copies
-            for tensor in live[copy.parameter]
-        ]
-        _refuse(self._regions, plan)
+        addresses = [tensor.data_ptr() for tensors in live.values() for tensor in tensors]
+        if held.places is None or held.places.plan is not plan or held.places.addresses != addresses:
+            held.places = _Places.find(manifest, plan, live, device)
+        self._places: _Places = held.places
+        self._regions = self._places.regions
         super().__init__(manifest, device)
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
-        numbered = [(n, line) for n, r in enumerate(self._regions) for line in r.lines(r.target, r.copy.strides)]
-        self._lines, self._lines_of = table_of(numbered, device)
+        self._scanning: Sequence[Pending] | None = None
         self._patches: Patches | None = None
         self._expected: list[Digest] = []
         self.after: Sequence[Digest] = ()
+
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
+        if self._scanning is None:
+            self._scanning = scanned(self._places.lines)  # what is live is read while bytes are on their way
+        to = [self._bytes[number][start : start + count] for number, start, count, _ in bucket.pieces]
+        torch._foreach_copy_(to, [data[at : at + count] for _, _, count, at in bucket.pieces])
+
+    def copy_all(self, room: int) -> bool:
+        return False  # an engine that is lent the trainer's memory is sent no deltas
 
     def seal(self, scans: Sequence[Scan]) -> None:
         names = [spec.name for spec in self._specs]
@@ -68,12 +77,8 @@ class DeviceDelta(ArrivingDelta):
         _warm_up(self._device)
         changes = decode_all(names, deltas)
         self._bytes.clear()
-        sites = [(n, site) for n, region in enumerate(self._regions) for site in _sites(region)]
-        self._patches = Patches(changes, [site for _, site in sites])
-        found = [Scan(NO_DIGEST, 0)] * len(self._regions)
-        for (n, _), scan in zip(sites, settle(self._patches.look()), strict=True):
-            found[n] += scan
-        self._check_results(deltas, found)
+        self._patches = Patches(changes, self._places.sites)
+        self._check_results(deltas, totals(self._patches.look(), self._places.sites_of, len(self._regions)))
         self.after = [delta.after for delta in deltas]
         # The engine's own thread commits, on another stream.
         synchronize(self._device)
@@ -117,7 +122,7 @@ class DeviceDelta(ArrivingDelta):
                     f" {held.hex()}",
                     next_step="Send the tensor dense, or the delta from what is here.",
                 )
-        if wrong := self._unlike(self._before.regions):
+        if wrong := self._unlike(self._before.regions, self._scanning):
             raise VersionError(
                 f"{len(wrong)} live parameters are not what was committed last: {', '.join(wrong[:5])}",
                 next_step="Publish everything.",
@@ -138,8 +143,9 @@ class DeviceDelta(ArrivingDelta):
                     next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
                 )
 
-    def _unlike(self, digests: Sequence[Digest]) -> list[str]:
-        found = totals(self._lines, self._lines_of, len(self._regions))
+    def _unlike(self, digests: Sequence[Digest], scans: Sequence[Pending] | None = None) -> list[str]:
+        scans = scanned(self._places.lines) if scans is None else scans
+        found = totals(scans, self._places.lines_of, len(self._regions))
         pairs = zip(self._regions, found, digests, strict=True)
         return sorted({region.copy.parameter for region, scan, digest in pairs if scan.digest != digest})
 
@@ -149,6 +155,40 @@ class DeviceDelta(ArrivingDelta):
                 f"{len(wrong)} live parameters were read back and are not what they should be: {', '.join(wrong[:5])}",
                 next_step="Publish a complete update.",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Places:
+    """The regions of a plan in live parameters, and what each is made of, in memory: lines that are scanned and sites
+    that are written. Kept from one delta to the next, as long as the parameters stay where they are."""
+
+    plan: Plan
+    addresses: Sequence[int]
+    regions: Sequence[Region]
+    lines: Table
+    lines_of: Sequence[int]
+    sites: Sequence[Site]
+    sites_of: Sequence[int]
+
+    @classmethod
+    def find(
+        cls, manifest: Manifest, plan: Plan, live: Mapping[str, Sequence[torch.Tensor]], device: torch.device
+    ) -> _Places:
+        regions = [
+            Region(spec, number, copy, tensor, 0, ())
+            for number, (spec, copies) in enumerate(zip(manifest.tensors, plan.copies, strict=True))
+            for copy in copies
+            for tensor in live[copy.parameter]
+        ]
+        _refuse(regions, plan)
+        numbered = [(n, line) for n, r in enumerate(regions) for line in r.lines(r.target, r.copy.strides)]
+        lines, lines_of = table_of(numbered, device)
+        sites = [(n, site) for n, region in enumerate(regions) for site in _sites(region)]
+        return cls(
+            plan=plan, addresses=[tensor.data_ptr() for tensors in live.values() for tensor in tensors],
+            regions=regions, lines=lines, lines_of=lines_of,
+            sites=[site for _, site in sites], sites_of=[n for n, _ in sites],
+        )  # fmt: skip
 
 
 def _refuse(regions: Sequence[Region], plan: Plan) -> None:
