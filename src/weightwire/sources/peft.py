@@ -18,7 +18,7 @@ import torch
 from weightwire.errors import SourceError, UsageError
 from weightwire.sources.base import LocalSource
 from weightwire.sources.checkpoint import INDEX, WHOLE, CheckpointSource, open_file
-from weightwire.sources.tensors import TensorSource, state_of, unwrapped
+from weightwire.sources.tensors import refuse_without_data, state_of, unwrapped
 from weightwire.updates.adapter import METADATA_KEY, PREFIX, check_adapter, plain_config
 from weightwire.updates.manifest import TensorSpec
 
@@ -81,7 +81,9 @@ class PeftSource(LocalSource):
         self.release()
 
     def named(self) -> Mapping[str, torch.Tensor]:
-        return _whole({name: tensor.detach() for name, tensor in self._adapter.tensors().items()})
+        tensors = self._adapter.tensors()
+        refuse_without_data(tensors)
+        return tensors
 
     def metadata(self) -> Sequence[TensorSpec]:
         specs, config = super().metadata(), self._adapter.config()
@@ -104,7 +106,8 @@ class AdapterSource(LocalSource):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], config: Any) -> None:
-        self._named = _renamed(_whole(tensors))
+        refuse_without_data(tensors)
+        self._named = _renamed(tensors)
         self.lora = plain_config(config)
         check_adapter(self.metadata(), self.lora)
 
@@ -192,11 +195,6 @@ def _active(module: torch.nn.Module) -> list[str]:
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
-
-
-def _whole(tensors: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
-    TensorSource(tensors)  # refuses what is no tensor, or has no data
-    return tensors
 
 
 def _prefixed(name: str) -> str:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from weightwire.errors import SourceError
 from weightwire.sources.base import LocalSource, without_aliases
 
-__all__ = ["ModuleSource", "TensorSource", "state_of", "unwrapped", "wrappers"]
+__all__ = ["ModuleSource", "TensorSource", "refuse_without_data", "state_of", "unwrapped", "wrappers"]
 
 
 class TensorSource(LocalSource):
@@ -41,6 +41,12 @@ class ModuleSource(LocalSource):
 
 
 def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    refuse_without_data(tensors)
+    return without_aliases(tensors)
+
+
+def refuse_without_data(tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `SourceError` for what is no tensor, or on the meta device."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise SourceError(
@@ -49,7 +55,6 @@ def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
             )
         if tensor.device.type == "meta":
             raise SourceError(f"{name!r} is on the meta device and has no data", next_step="Load the model first.")
-    return without_aliases(tensors)
 
 
 def wrappers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
