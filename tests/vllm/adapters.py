@@ -197,7 +197,8 @@ def failures(bench: Bench) -> dict[str, Any]:
         publisher.publish(7)
     before = bench.generate("pair")
     last = len(bench.rpc("process_id")) - 1
-    for step in ("write_bucket", "seal", "check", "commit"):
+    arrives = "lend" if DEVICE == "cuda" else "write_bucket"
+    for at, step in (("arrival", arrives), ("seal", "seal"), ("check", "check"), ("commit", "commit")):
         bench.rpc("fail_next_adapter", last, step)
         with ww.Publisher(new, both, adapter="pair") as publisher:
             try:
@@ -209,8 +210,8 @@ def failures(bench: Bench) -> dict[str, Any]:
             name: [each["version"] for each in listed if each["name"] == "pair"]
             for name, listed in both.adapters.list().items()
         }
-        found[step] = {"error": error, "same": bench.generate("pair") == before}
-        found[step] |= {"here": versions[ours], "other": versions["other"]}
+        found[at] = {"error": error, "same": bench.generate("pair") == before}
+        found[at] |= {"here": versions[ours], "other": versions["other"]}
     with ww.Publisher(new, both, adapter="pair") as publisher:
         publisher.publish(9)
     found["after"] = [bench.generate("pair") != before, bench.generate("pair") == bench.from_file(new)]

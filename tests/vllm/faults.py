@@ -48,7 +48,7 @@ class FaultyWorker(WorkerExtension):
         DeviceDelta.commit = fail  # type: ignore[method-assign]
 
     def fail_next_adapter(self, rank: int, step: str) -> None:
-        """The next adapter's staged copy fails at `step` (write_bucket, seal, check, commit) on one rank."""
+        """The next adapter's staged copy fails at `step` (write_bucket, lend, seal, check, commit) on one rank."""
         from weightwire.engines.vllm import adapters
 
         worker = self

@@ -114,7 +114,7 @@ def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any])
 @through("failures")
 def test_all_ranks_of_all_engines_take_an_adapter_or_none(found: dict[str, Any]) -> None:
     results = found["failures"]
-    for at in ("write_bucket", "seal", "check", "commit"):
+    for at in ("arrival", "seal", "check", "commit"):
         assert "injected" in results[at]["error"], at
         assert results[at]["same"], at
         assert (results[at]["here"], results[at]["other"]) == ([7], [7]), at
