@@ -284,7 +284,7 @@ class Host:
     """An engine of several ranks, which are handed one delta's bytes."""
 
     name = model = "fake"
-    idle = False
+    idle = in_order = False
 
     def __init__(self, ranks: int, base: torch.Tensor, data: torch.Tensor) -> None:
         self.ranks = [Rank(base) for _ in range(ranks)]

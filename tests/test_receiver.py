@@ -659,13 +659,14 @@ def test_a_receiver_with_threads_of_its_own_leaves_none(no_threads_left: None) -
     target = FakeTarget()
     receiver = Receiver(target, no_fetch)
     for version in range(3):
-        receiver.begin("u", manifest_of(version), "trainer", LEASE)
+        id = f"u{version}"
+        receiver.begin(id, manifest_of(version), "trainer", LEASE)
         for index, body in enumerate(bodies(manifest_of(version), version)):
-            receiver.put("u", index, body)
-        _settle(receiver)
-        receiver.seal("u", digests(version))
-        _settle(receiver)
-        receiver.commit("u")
+            receiver.put(id, index, body)
+        _settle(receiver, id)
+        receiver.seal(id, digests(version))
+        _settle(receiver, id)
+        receiver.commit(id)
         assert target.holds(version)
     receiver.begin("v", manifest_of(9), "trainer", LEASE)
     receiver.close()

@@ -26,7 +26,7 @@ from weightwire.errors import (
     VerificationError,
     WeightwireError,
 )
-from weightwire.receiver import Arrivals, Receiver
+from weightwire.receiver import Arrivals, Receiver, decode_reply
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import scan
@@ -728,3 +728,106 @@ async def becomes(ready: Callable[[], bool]) -> None:
     while not ready():
         assert time.monotonic() < deadline
         await asyncio.sleep(0.01)
+
+
+# -- hosts that commit by one question ---------------------------------------------------------------------------------
+
+
+class AtOnce(FakeHost):
+    """Does what vLLM's engine core does when it is asked once."""
+
+    able = True
+
+    async def commit_at_once(self, mode: str, keep_cache: Any, arguments: bytes) -> tuple[list[bytes], float] | None:
+        self.log.append("at once")
+        if not self.able or mode != "keep":
+            return None
+        self.paused = True
+        await self._hook("paused")
+        replies = await self.call("commit", arguments, None, SECONDS)
+        if all("ok" in msgspec.msgpack.decode(reply) for reply in replies):
+            self.version = int(decode_reply(replies[0])["version"])
+            self.paused, self.refusal = False, None
+        return replies, 0.25
+
+
+@pytest.fixture
+def at_once() -> Iterator[AtOnce]:
+    made = AtOnce(3)
+    yield made
+    for receiver in made.receivers:
+        receiver.close()
+
+
+def test_an_engine_that_can_is_asked_once_to_commit(at_once: AtOnce) -> None:
+    async def run() -> None:
+        receipt = await update(Control(at_once), 7)
+        assert (receipt.version, receipt.pause) == (7, 0.25)
+        assert (at_once.live(), at_once.states(), at_once.version) == ([7.0] * 3, {"idle"}, 7)
+        assert not {"resume", "label"} & set(at_once.log)
+        assert not any(asked.startswith("pause") for asked in at_once.log)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["keep", "wait"])
+def test_an_engine_that_cannot_is_asked_step_by_step(at_once: AtOnce, mode: Any) -> None:
+    async def run() -> None:
+        at_once.able = mode != "keep"
+        control = Control(at_once)
+        await control.commit(await seal(control, 7), mode, False, SECONDS)
+        assert [asked for asked in at_once.log if asked in ("at once", "commit", "resume") or "pause" in asked] == [
+            "at once", f"pause {mode} False", "commit", "resume",
+        ]  # fmt: skip
+        assert (at_once.live(), at_once.paused, at_once.version) == ([7.0] * 3, False, 7)
+
+    asyncio.run(run())
+
+
+def test_asked_once_one_rank_that_fails_poisons_all(at_once: AtOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        await update(control, 1)
+        at_once.ranks[1].break_at = "commit"
+        with pytest.raises(PoisonedError):
+            await update(control, 2)
+        assert at_once.refusal is not None
+        assert at_once.paused
+        assert at_once.states() == {"poisoned"}
+        at_once.ranks[1].break_at = None
+        await heals(control, at_once, 3)
+
+    asyncio.run(run())
+
+
+def test_asked_once_what_is_not_answered_in_time_does_not_go_live_later(at_once: AtOnce) -> None:
+    async def run() -> None:
+        control, released = Control(at_once), asyncio.Event()
+        await update(control, 1)
+
+        async def hangs() -> None:
+            await released.wait()
+
+        late: list[asyncio.Task[Any]] = []
+        commit = at_once.commit_at_once
+
+        async def goes_on(*arguments: Any) -> Any:  # as an engine does, whoever has given up on it
+            late.append(asyncio.ensure_future(commit(*arguments)))
+            return await asyncio.shield(late[0])
+
+        at_once.hooks["paused"] = hangs
+        at_once.commit_at_once = goes_on  # type: ignore[method-assign]
+        with pytest.raises(DeadlineError):
+            await update(control, 2, timeout=SOON)
+        assert (at_once.live(), at_once.states(), at_once.refusal) == ([1.0] * 3, {"idle"}, None)
+        released.set()
+        replies, _ = await late[0]
+        for reply in replies:
+            with pytest.raises(UpdateNotFound, match="its commit was not answered"):
+                decode_reply(reply)
+        assert at_once.live() == [1.0] * 3
+        del at_once.commit_at_once
+        at_once.hooks.clear()
+        await heals(control, at_once, 3)
+
+    asyncio.run(run())

@@ -13,7 +13,7 @@ import math
 import secrets
 import time
 from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -81,6 +81,18 @@ class Host(Protocol):
 
     async def list(self, revisions: Sequence[Revision]) -> None:
         """From now on, new requests find these adapters, each name's newest last, and no others of ours."""
+
+
+@runtime_checkable
+class CommitsAtOnce(Protocol):
+    """A `Host` that can commit by one question."""
+
+    async def commit_at_once(
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
+    ) -> tuple[list[bytes], float] | None:
+        """`pause`, `call` "commit" with these arguments, and once all ranks have done it `label` and `resume`: their
+        answers, and how many seconds the engine stood still. If one has not, it stands still. None, and nothing was
+        done, where that takes several questions."""
 
 
 class Control:
@@ -165,13 +177,10 @@ class Control:
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
         if self._is_sealed_adapter(id) or (await asyncio.gather(self._hold(id, timeout), self._look(timeout)))[0]:
             return await self._commit_adapter(id, deadline)
-        started = time.monotonic()
         try:
-            await self._in_time(self.host.pause(pause, keep_cache), timeout, "pause")
-            parts = await self._apply(id, deadline)
-            if any(part["stood"] for part in parts):
-                self._ended.add(id)
-            await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
+            parts, paused = await self._apply_at_once(id, pause, keep_cache, deadline)
+            if parts is None:
+                parts, paused = await self._apply_step_by_step(id, pause, keep_cache, deadline)
             resumed = time.monotonic()
             proofs = await self._prove(id, deadline)
         except BaseException as error:
@@ -185,7 +194,7 @@ class Control:
                 next_step="The engine refuses to generate. Publish a complete update to heal it.",
             ) from error
         stood = max(part["stood"] for part in parts)
-        receipt = self._receipt(parts, max(resumed - started, stood), time.monotonic() - resumed, proofs)
+        receipt = self._receipt(parts, max(paused, stood), time.monotonic() - resumed, proofs)
         await self._record(id, receipt)
         return receipt
 
@@ -238,6 +247,49 @@ class Control:
         await self._all("unload", timeout, name=name)
         await self.refresh(timeout)
 
+    async def _apply_at_once(
+        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float
+    ) -> tuple[list[dict[str, Any]] | None, float]:
+        """What each rank says of its commit, and how long the engine stood still; None where that takes several
+        questions."""
+        if not isinstance(self.host, CommitsAtOnce):
+            return None, 0.0
+        self._ended.add(id)  # if the engine stands still for this update since it began, it will not any more
+        asking = self.host.commit_at_once(pause, keep_cache, encode_call(id=id))
+        try:
+            found = await self._in_time(asking, deadline - time.monotonic(), "commit")
+        except BaseException:
+            # Nobody knows how far it came. What is not live yet must not become so any more.
+            await self._clean_up("abort", id=id, reason="its commit was not answered")
+            raise
+        if found is None:
+            self._ended.discard(id)
+            return None, 0.0
+        replies, stood = found
+        try:
+            parts = self._answers(replies, "commit")
+        except BaseException as error:
+            await self._take_back(id, error)
+            raise
+        if not any(part["stood"] for part in parts):
+            self._ended.discard(id)
+        return parts, stood
+
+    async def _apply_step_by_step(
+        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float
+    ) -> tuple[list[dict[str, Any]], float]:
+        started = time.monotonic()
+        await self._in_time(self.host.pause(pause, keep_cache), deadline - time.monotonic(), "pause")
+        parts = await self._apply(id, deadline)
+        if any(part["stood"] for part in parts):
+            self._ended.add(id)
+        await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
+        return parts, time.monotonic() - started
+
+    async def _take_back(self, id: str, error: BaseException) -> None:
+        """Some ranks may hold the new version, or outputs would bear the wrong one."""
+        await self._clean_up("take_back", id=id, reason=f"a commit failed: {error}")
+
     async def _apply(self, id: str, deadline: float) -> list[dict[str, Any]]:
         try:
             parts = await self._all("commit", deadline - time.monotonic(), id=id)
@@ -245,8 +297,7 @@ class Control:
             left = max(deadline - time.monotonic(), _CLEAN_UP_SECONDS)
             await self._in_time(self.host.label(parts[0]["version"]), left, "commit")
         except BaseException as error:
-            # Some ranks may hold the new version, or outputs would bear the wrong one.
-            await self._clean_up("take_back", id=id, reason=f"a commit failed: {error}")
+            await self._take_back(id, error)
             raise
         return parts
 
@@ -366,7 +417,11 @@ class Control:
     ) -> list[Any]:
         """Every rank's answer, or the first error of any."""
         phase = phase or op
-        replies = await self._in_time(self.host.call(op, encode_call(**arguments), body, timeout), timeout, phase)
+        return self._answers(
+            await self._in_time(self.host.call(op, encode_call(**arguments), body, timeout), timeout, phase), phase
+        )
+
+    def _answers(self, replies: Sequence[bytes], phase: str) -> list[Any]:
         answers: list[Any] = []
         errors: list[WeightwireError] = []
         for reply in replies:

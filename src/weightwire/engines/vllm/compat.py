@@ -31,7 +31,13 @@ PRIVATE: dict[str, tuple[str, ...]] = {
     ),
     "vllm.model_executor.layers.attention": ("Attention",),
     "vllm.v1.engine.core_client": ("AsyncMPClient.call_utility_async", "AsyncMPClient.pause_scheduler_async"),
-    "vllm.v1.engine.core": ("EngineCore.pause_scheduler",),
+    "vllm.v1.engine": ("EngineCoreRequestType.WAKEUP",),
+    "vllm.v1.engine.core": (
+        "EngineCore.collective_rpc",
+        "EngineCore.pause_scheduler",
+        "EngineCore.resume_scheduler",
+        "EngineCoreProc._notify_idle_state_callbacks",
+    ),
     "vllm.v1.core.block_pool": ("BlockPool.get_num_free_blocks",),
     "vllm.v1.core.kv_cache_manager": ("KVCacheManager.reset_prefix_cache",),
     "vllm.v1.engine.async_llm": (

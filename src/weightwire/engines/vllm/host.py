@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
 from weightwire.engines.base import KeepCache, Pause
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
+from weightwire.engines.vllm.engine_core import COMMIT
 from weightwire.engines.vllm.names import Names, names_of
-from weightwire.engines.vllm.prefix_cache import PAUSE
 from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
 from weightwire.receiver import decode_reply, encode_call
 
 __all__ = ["AsyncHost", "SyncHost", "kind_of"]
 
-_CALL = "__weightwire__"
+T = TypeVar("T")
 _WATCH_SECONDS = 0.5
 
 
@@ -50,19 +50,31 @@ class AsyncHost:
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         if op == "begin":
             self._refuse_replicas()
-        # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
-        # question. Control keeps the deadline; here the processes are watched, which vLLM's own call does not do.
-        self._raise_if_dead()
-        task = asyncio.ensure_future(self._engine.collective_rpc(CALL, args=(op, arguments, body)))
         try:
-            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
-                self._raise_if_dead()
-            return list(task.result())
-        except (EngineLost, asyncio.CancelledError):
-            task.cancel()
+            return list(await self._watched(self._engine.collective_rpc(CALL, args=(op, arguments, body))))
+        except EngineLost:
             raise
         except Exception as error:
             raise _lost(error, self.name) from error
+
+    async def commit_at_once(
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
+    ) -> tuple[list[bytes], float] | None:
+        core = self._engine.engine_core
+        # With images there are caches that only `pause_generation` resets.
+        if mode != "keep" or self._engine.model_config.is_multimodal_model or not supports(core, "call_utility_async"):
+            return None
+        try:
+            replies, stood = await self._watched(
+                core.call_utility_async(COMMIT, keep_cache, arguments, not self._stays_paused)
+            )
+        except Exception as error:
+            if COMMIT in str(error) and "has no attribute" in str(error):
+                return None  # the plugin is in the workers alone
+            self._raise_if_dead()
+            raise
+        self._accept_requests()
+        return list(replies), float(stood)
 
     async def before_pause(self) -> None:
         # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever
@@ -70,27 +82,22 @@ class AsyncHost:
         self._stays_paused = any(map(decode_reply, await self.call("asleep", encode_call(), None, 0.0)))
 
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
-        core, config = self._engine.engine_core, self._engine.vllm_config
+        core = self._engine.engine_core
         if self._engine.model_config.is_multimodal_model or not supports(core, "pause_scheduler_async"):
             # With images there are caches that only this resets.
             await self._engine.pause_generation(mode=mode, clear_cache=keep_cache is not True)
-        elif keep_cache == "running" and mode == "keep" and config.kv_transfer_config is None:
-            try:
-                await core.call_utility_async(PAUSE)
-            except Exception as error:
-                if PAUSE not in str(error) or "has no attribute" not in str(error):
-                    raise
-                # The plugin is in the workers alone: then requests in flight compute theirs again, which is right too.
-                await core.pause_scheduler_async(mode=mode, clear_cache=True)
         else:
             # What `pause_generation` does without its 20 ms of courtesy.
             await core.pause_scheduler_async(mode=mode, clear_cache=keep_cache is not True)
 
     async def resume(self) -> None:
-        self.refusal = None
-        self._engine.__dict__.pop("add_request", None)
+        self._accept_requests()
         if not self._stays_paused:
             await self._engine.resume_generation()
+
+    def _accept_requests(self) -> None:
+        self.refusal = None
+        self._engine.__dict__.pop("add_request", None)
 
     async def refuse(self, reason: str) -> None:
         async def add_request(*_: Any, **__: Any) -> None:
@@ -114,6 +121,19 @@ class AsyncHost:
                 engine=self.name,
                 next_step="Run one server for each replica, and connect to the list.",
             )
+
+    async def _watched(self, asking: Awaitable[T]) -> T:
+        # No timeout for vLLM itself: it would give up on an answer that then lies in the queue as that to the next
+        # question. Control keeps the deadline; here the processes are watched, which vLLM's own calls do not do.
+        task = asyncio.ensure_future(asking)
+        try:
+            self._raise_if_dead()
+            while not (await asyncio.wait({task}, timeout=_WATCH_SECONDS))[0]:
+                self._raise_if_dead()
+        except BaseException:
+            task.cancel()
+            raise
+        return task.result()
 
     def _raise_if_dead(self) -> None:
         if self._engine.errored:

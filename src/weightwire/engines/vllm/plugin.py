@@ -15,11 +15,11 @@ def register() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerBase
 
-    from weightwire.engines.vllm import prefix_cache, spin
+    from weightwire.engines.vllm import engine_core, spin
     from weightwire.engines.vllm.worker import WorkerExtension
 
     spin.install()
-    prefix_cache.install()
+    engine_core.install()
     if not hasattr(WorkerBase, "__weightwire__"):
         WorkerBase.__weightwire__ = WorkerExtension.__weightwire__
 

@@ -8,28 +8,19 @@ and nobody finds it: the hashes of their blocks, on which those of all later blo
 from __future__ import annotations
 
 import hashlib
-import sys
 from typing import Any
 
-__all__ = ["PAUSE", "install", "set_apart"]
+__all__ = ["pause_apart", "set_apart"]
 
-PAUSE = "__weightwire_pause__"
 _APART = "apart from requests that began after an update"
 
 
-def install() -> None:
-    """In a process with an engine core, give it the call `PAUSE`. May run many times."""
-    module = sys.modules.get("vllm.v1.engine.core")  # it loads plugins itself; workers need not import it
-    if module is not None:
-        setattr(module.EngineCore, PAUSE, _pause)
-
-
-def _pause(self: Any) -> Any:
-    """`pause_scheduler("keep")`, which is answered when nothing is under way. The step that is may still cache blocks,
-    but only of requests set apart: from here on no other begins."""
-    paused = self.pause_scheduler("keep", False)
-    manager = self.scheduler.kv_cache_manager
-    for request in self.scheduler.running:
+def pause_apart(core: Any) -> Any:
+    """`core.pause_scheduler("keep")`, which is answered when nothing is under way. The step that is may still cache
+    blocks, but only of requests set apart: from here on no other begins."""
+    paused = core.pause_scheduler("keep", False)
+    manager = core.scheduler.kv_cache_manager
+    for request in core.scheduler.running:
         set_apart(request)
     # vLLM forgets everything or, if a block is in use, nothing: it is told that none is.
     pool = manager.block_pool
