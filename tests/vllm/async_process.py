@@ -47,12 +47,12 @@ async def sleeping(engine: AsyncLLM, engines: Any) -> dict[str, Any]:
     with ww.Publisher(third, engines) as publisher:
         await engine.sleep(level=1)
         try:
-            await asyncio.to_thread(publisher.publish, 2)
+            await asyncio.to_thread(publisher.publish, 3)
             refused = ""
         except ww.StateError as error:
             refused = str(error)
         await engine.wake_up(tags=["weights"])
-        version = (await asyncio.to_thread(publisher.publish, 2)).version
+        version = (await asyncio.to_thread(publisher.publish, 3)).version
         paused = await engine.is_paused()
         await engine.wake_up(tags=["kv_cache"])
     after = await generate(engine, 10)
@@ -69,8 +69,16 @@ async def main(folder: Path) -> None:
     models.save(first, folder / "first")
     arguments = AsyncEngineArgs(str(folder / "first"), dtype="float32", enforce_eager=True, max_model_len=256)
     engine = AsyncLLM.from_engine_args(arguments)
-    results: dict[str, Any] = {}
+    stops: list[str] = []
+    results: dict[str, Any] = {"stops": stops}
     engines = ww.connect(engine)
+    pause = engines[0]._control.host.pause
+
+    async def noted(mode: Any, keep_cache: Any) -> None:
+        stops.append(mode)
+        await pause(mode, keep_cache)
+
+    engines[0]._control.host.pause = noted
     try:
         with ww.Publisher(second, engines) as publisher:
             try:
@@ -82,7 +90,8 @@ async def main(folder: Path) -> None:
             await started.wait()
             receipt = await asyncio.to_thread(publisher.publish, 1)
             results["meanwhile"] = (await streaming)["versions"]
-        after = await generate(engine, 10)
+            after = await generate(engine, 10)
+            await asyncio.to_thread(publisher.publish, 2, pause="wait")
         results["apart"] = apart(after["logprobs"], logprobs(second, PROMPT, after["tokens"]))
         results["after"] = after["versions"]
         results["receipt"] = str(receipt)

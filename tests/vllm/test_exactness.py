@@ -60,9 +60,10 @@ def test_an_async_engine_of_this_process_is_updated_while_it_streams(tmp_path: P
     results = run_script("async_process.py", tmp_path, folder=tmp_path, seconds=600)
     assert "asyncio.to_thread" in results["on the loop"]
     assert results["meanwhile"] == ["default", "1"]
+    assert results["stops"] == ["wait"]  # to keep requests in flight, the engine core is asked once
     assert results["after"] == ["1"]
     assert results["apart"] < 1e-3
     assert "Wake it up first" in results["sleep"]["refused"]
-    assert results["sleep"]["version"] == 2
+    assert results["sleep"]["version"] == 3
     assert results["sleep"]["paused"]  # the KV cache was still asleep, and generating would have used it
     assert results["sleep"]["apart"] < 1e-3
