@@ -59,7 +59,7 @@ def test_a_mixture_of_experts_is_refused_by_name_before_anything_changes(tmp_pat
 def test_an_async_engine_of_this_process_is_updated_while_it_streams(tmp_path: Path) -> None:
     results = run_script("async_process.py", tmp_path, folder=tmp_path, seconds=600)
     assert "asyncio.to_thread" in results["on the loop"]
-    assert results["meanwhile"] == ["default", "1"]
+    assert results["meanwhile"] == ["0", "1"]
     assert results["stops"] == ["wait"]  # to keep requests in flight, the engine core is asked once
     assert results["after"] == ["1"]
     assert results["apart"] < 1e-3
