@@ -567,6 +567,18 @@ def test_an_engine_that_never_answers_is_named_in_time(engines: Any, op: str) ->
     assert_unharmed(silent, old, None)
 
 
+def test_an_engine_alone_that_never_answers_to_seal_is_as_it_was(engines: Any) -> None:
+    engine = engines()
+    old = snapshot(engine.model)
+    mend = hang(engine, "seal")
+    with pytest.raises(ww.DeadlineError, match="no answer within") as caught:
+        publish(weights_for(engine.model, 1), engine, 1, deadline=1.5)
+    assert (caught.value.engine, caught.value.phase) == ("a", "seal")
+    mend()
+    until(lambda: engine.status().update is None)
+    assert_unharmed(engine, old, None)
+
+
 def test_a_commit_that_is_never_answered_poisons(engines: Any) -> None:
     engine = engines()
     mend = hang(engine, "commit")

@@ -26,6 +26,7 @@ from weightwire.errors import (
     TransportError,
     UnknownTensor,
     UpdateNotFound,
+    UsageError,
     VerificationError,
     VersionError,
     WeightwireError,
@@ -545,9 +546,11 @@ def test_an_id_is_taken_once() -> None:
     receiver = make(FakeTarget())
     receiver.begin("u", manifest_of(1), "trainer", LEASE)
     receiver.abort("u")
-    with pytest.raises(StateError, match="there was an update u: it was aborted"):
+    with pytest.raises(UsageError, match="there is an update u already: it was aborted"):
         receiver.begin("u", manifest_of(1), "trainer", LEASE)
     receiver.begin("v", manifest_of(1), "trainer", LEASE)
+    with pytest.raises(UsageError, match="there is an update v already: it is under way"):
+        receiver.begin("v", manifest_of(1), "trainer", LEASE)
 
 
 def test_a_receipt_that_comes_late_is_not_the_last() -> None:

@@ -35,6 +35,7 @@ from weightwire.errors import (
     RoomError,
     StateError,
     UpdateNotFound,
+    UsageError,
     VerificationError,
     VersionError,
     WeightwireError,
@@ -199,8 +200,9 @@ class Receiver:
             manifest = manifest if isinstance(manifest, Manifest) else decode_manifest(manifest)
             if self._closed:
                 raise StateError("the engine was closed", next_step="Connect to it again.")
-            if id in self._ended:
-                raise StateError(f"there was an update {id}: {self._ended[id]}", next_step="Choose a new id.")
+            if id in self._ended or (self._update is not None and self._update.id == id):
+                known = self._ended.get(id, "it is under way")
+                raise UsageError(f"there is an update {id} already: {known}", next_step="Choose a new id.")
             if (held := self._update) is not None:
                 raise BusyError(
                     f"held by {held.holder}, which is sending version {held.manifest.version},"

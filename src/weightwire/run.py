@@ -186,7 +186,7 @@ class Run:
             if self.of_deltas:
                 together.everywhere(lambda: baseline.advance(version, self._route.own))
             else:
-                baseline.finish(version, own)
+                together.everywhere(lambda: baseline.finish(version, own))
         if kept is not None:
             kept.committed()
         return Receipt(
@@ -216,8 +216,9 @@ class Run:
             scans = settle([base.read(there[spec.name], at, out[own : own + n]) for own, at, n in runs])
             return sum(scans, Scan(NO_DIGEST, 0))
 
-        baseline.start(reading.specs, reading.mine)
-        baseline.finish(version, self._together.everywhere(lambda: baseline.take(read)))
+        self._together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
+        own = self._together.everywhere(lambda: baseline.take(read))
+        self._together.everywhere(lambda: baseline.finish(version, own))
         base.release()
         self._done = True
 
@@ -229,8 +230,9 @@ class Run:
             # What was found out about the transports may no longer be so.
             self._means.choices.clear()
         if not self._done and not self.committing:
-            begun = {name for name, job in self._beginning.items() if isinstance(job.result(), Begun)}
-            taken = [engine for engine in self._fleet.engines if engine.name in begun]
+            wait(self._beginning.values(), _ABORT_SECONDS)
+            refused = {n for n, job in self._beginning.items() if job.done() and not isinstance(job.result(), Begun)}
+            taken = [e for e in self._fleet.engines if e.name in self._beginning.keys() - refused]
             wait([self._fleet.submit(functools.partial(self._abort, engine)) for engine in taken])
         self._fleet.close()
         self._source.release()
@@ -546,12 +548,12 @@ class Run:
         errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
         if not errors:
             return outcomes  # type: ignore[return-value]
-        if manifest.kind == "adapter" and self._undo([e for e in self._fleet.engines if e.name not in errors]):
-            raise next(iter(errors.values()))
         if len(errors) == len(outcomes) == 1:
             error = next(iter(errors.values()))
             ended = isinstance(error, UpdateNotFound) and error.phase == "seal"
             raise self._why(error, _ABORT_SECONDS) if ended else error
+        if manifest.kind == "adapter" and self._undo([e for e in self._fleet.engines if e.name not in errors]):
+            raise next(iter(errors.values()))
         raise PublishError(
             f"{len(errors)} of {len(outcomes)} engines did not commit: {'; '.join(map(str, errors.values()))}",
             phase="commit",

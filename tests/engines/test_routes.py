@@ -758,6 +758,18 @@ def test_a_client_that_hangs_up_during_stage_frees_the_engine(here: Here) -> Non
     assert same(here.model, here.weights)
 
 
+def test_an_id_that_another_update_has_is_refused_and_that_one_goes_on(here: Here) -> None:
+    id = here.begin(id="ab" * 16)
+    status, answer = here.client.call("POST", "/updates", here.plain() | {"id": id})
+    assert (status, answer["error"]["type"]) == (400, "UsageError")
+    assert "it is under way" in answer["error"]["message"]
+    assert here.engine.status().update["id"] == id
+    for odd in ("ab" * 15 + "a\n", "AB" * 16, "ab" * 17, "../" * 10 + "ab"):
+        assert here.client.call("POST", "/updates", here.plain() | {"id": odd})[0] == 422
+    here.client.call("DELETE", f"/updates/{id}")
+    assert here.untouched()
+
+
 def test_a_client_that_hangs_up_while_its_commit_seals_frees_the_engine(
     here: Here, monkeypatch: pytest.MonkeyPatch
 ) -> None:

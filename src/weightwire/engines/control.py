@@ -26,6 +26,7 @@ from weightwire.errors import (
     ShapeMismatch,
     StateError,
     UpdateNotFound,
+    UsageError,
     WeightwireError,
 )
 from weightwire.receiver import decode_reply, encode_call
@@ -155,6 +156,8 @@ class Control:
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
                 if address is not None:
                     await self._all("stage", deadline - time.monotonic(), id=id, address=address)
+        except UsageError:
+            raise  # of an id that another update has: that one goes on
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
@@ -260,6 +263,7 @@ class Control:
             found = await self._in_time(asking, deadline - time.monotonic(), "commit")
         except BaseException:
             # Nobody knows how far it came. What is not live yet must not become so any more.
+            self._ended.discard(id)
             await self._clean_up("abort", id=id, reason="its commit was not answered")
             raise
         if found is None:
@@ -269,6 +273,7 @@ class Control:
         try:
             parts = self._answers(replies, "commit")
         except BaseException as error:
+            self._ended.discard(id)
             await self._take_back(id, error)
             raise
         if not any(part["stood"] for part in parts):
@@ -310,10 +315,12 @@ class Control:
         else:
             # A rank that the commit did not reach holds the update still, and for long.
             await self._clean_up("abort", id=id, reason="its commit failed")
-        if poisoned:
-            await self.host.refuse(poisoned)
-        else:
-            await self.host.resume()
+        try:
+            await self._in_time(
+                self.host.refuse(poisoned) if poisoned else self.host.resume(), _CLEAN_UP_SECONDS, "commit"
+            )
+        except DeadlineError as late:
+            logger.warning("weightwire: after a failed commit: %s", late)
         return poisoned
 
     async def _prove(self, id: str, deadline: float) -> list[dict[str, Any]]:

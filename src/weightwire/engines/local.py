@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.engines.control import Control, Host
-from weightwire.errors import DeadlineError, UsageError
+from weightwire.errors import DeadlineError, UsageError, WeightwireError
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt
 
@@ -61,7 +61,10 @@ class LocalEngine:
     ) -> EngineReceipt:
         end = time.monotonic() + timeout
         if digests is not None:
-            self.seal(id, digests, timeout=timeout)
+            try:
+                self.seal(id, digests, timeout=timeout)
+            except WeightwireError as error:
+                raise error.at(phase="seal") from None
             timeout = end - time.monotonic()
         return self._run(lambda: self._control.commit(id, pause, keep_cache, timeout), timeout)
 

@@ -54,8 +54,8 @@ Handler = Callable[[Request, Control, bytes], Awaitable[Any]]
 
 Address = Annotated[str, msgspec.Meta(max_length=MAX_JSON_BODY)]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=_MAX_SECONDS)]
-Id = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=32, max_length=32)]
-DigestText = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]*$", min_length=32, max_length=32)]
+# To the very end: `$` is also before a newline there.
+Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]*(?![\s\S])", min_length=32, max_length=32)]
 
 
 class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -63,7 +63,7 @@ class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
     holder: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = "unnamed"
     lease: Lease = 60.0
     address: Address | None = None
-    id: Id | None = None
+    id: Hex | None = None
 
 
 class StageBody(msgspec.Struct, forbid_unknown_fields=True):
@@ -71,13 +71,13 @@ class StageBody(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class SealBody(msgspec.Struct, forbid_unknown_fields=True):
-    digests: list[DigestText]
+    digests: list[Hex]
 
 
 class CommitBody(msgspec.Struct, forbid_unknown_fields=True):
     pause: Pause = "keep"
     keep_cache: KeepCache = False
-    digests: list[DigestText] | None = None
+    digests: list[Hex] | None = None
 
 
 class _Safetensors:

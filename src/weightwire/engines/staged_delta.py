@@ -24,12 +24,21 @@ class ArrivingDelta:
     def __init__(self, manifest: Manifest, device: torch.device | None = None) -> None:
         self._specs = manifest.tensors
         self._finite = manifest.finite
-        sizes = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in manifest.encoded]
-        memory = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
-        self._bytes = [p[:n] for p, n in zip(torch.split(memory, sizes), manifest.encoded, strict=True)]
+        self._encoded = manifest.encoded
+        self._memory_on = device
+        self._bytes: list[torch.Tensor] = []
         self.nbytes = _PATCH * sum(manifest.encoded)
 
+    def _allocate(self) -> None:
+        """On the thread that receives, whose stream writes there: memory that the engine's has had may still be in use
+        by what is queued on it."""
+        if not self._bytes:
+            sizes = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in self._encoded]
+            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._memory_on)
+            self._bytes = [p[:n] for p, n in zip(torch.split(memory, sizes), self._encoded, strict=True)]
+
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._allocate()
         self._bytes[tensor][start : start + data.numel()].copy_(data)
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
@@ -75,6 +84,7 @@ class StagedDelta(ArrivingDelta):
         self.after: Sequence[Digest] = ()
 
     def seal(self, scans: Sequence[Scan]) -> None:
+        self._allocate()
         after: list[Digest] = []
         for number, taking in enumerate(self._places):
             delta = self._parse(number)

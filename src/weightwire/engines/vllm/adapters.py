@@ -258,7 +258,7 @@ class _Binding:
         whole = len(held) == len(places) and _numel(held) == _numel(places)
         scan = functools.partial(scan_joined_any, places if whole else held)
         # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
-        scanning = None if places and places[0].is_cuda else beside.submit(scan)
+        scanning = None if any(each.is_cuda for each in held) else beside.submit(scan)
         if not _alike(places, expected):
             wrong = next(n for n, parts in given.items() if not _holds(_in_slot(self.modules[n], slot), parts))
             raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
@@ -359,8 +359,10 @@ class _Staged(StagedAdapter):
             if own is not flat:
                 own.copy_(flat)
         self._built = built if _is_made_of(built, given) else self._build(given)
-        for lora in self._built.loras.values():
-            lora.optimize()  # as vLLM does when it takes it, on the thread that generates
+        for name, lora in self._built.loras.items():
+            # As vLLM does when it takes it, on the thread that generates; 0.26 would scale those of experts once more.
+            if ".experts" not in name:
+                lora.optimize()
         self._on_host = _OnHost([each for both in self._flat for each in both])
 
     def check(self, seconds: float) -> bool:

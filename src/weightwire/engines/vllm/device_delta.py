@@ -55,20 +55,30 @@ class DeviceDelta(ArrivingDelta):
         super().__init__(manifest, device)
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
         self._scanning: Sequence[Pending] | None = None
+        # The tables come to the device on this thread's stream, and are used on another.
+        self._ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._patches: Patches | None = None
         self._expected: list[Digest] = []
         self.after: Sequence[Digest] = ()
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
+        self._allocate()
         if self._scanning is None:
+            self._wait_until_ready()
             self._scanning = scanned(self._places.lines)  # what is live is read while bytes are on their way
         to = [self._bytes[number][start : start + count] for number, start, count, _ in bucket.pieces]
         torch._foreach_copy_(to, [data[at : at + count] for _, _, count, at in bucket.pieces])
+
+    def _wait_until_ready(self) -> None:
+        if self._ready is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._ready)
 
     def copy_all(self, room: int) -> bool:
         return False  # an engine that is lent the trainer's memory is sent no deltas
 
     def seal(self, scans: Sequence[Scan]) -> None:
+        self._allocate()
+        self._wait_until_ready()
         names = [spec.name for spec in self._specs]
         deltas = parse_all(names, self._bytes)
         self._check_bases(deltas)

@@ -69,7 +69,7 @@ class AsyncHost:
                 core.call_utility_async(COMMIT, keep_cache, arguments, not self._stays_paused)
             )
         except Exception as error:
-            if COMMIT in str(error) and "has no attribute" in str(error):
+            if f"has no attribute '{COMMIT}'" in str(error):
                 return None  # the plugin is in the workers alone
             self._raise_if_dead()
             raise

@@ -69,6 +69,12 @@ class _RayHost:
     async def pause(self, mode: Pause, keep_cache: KeepCache) -> None:
         await self._ask("pause", mode, keep_cache)
 
+    async def commit_at_once(
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
+    ) -> tuple[list[bytes], float] | None:
+        found = await self._ask("commit_at_once", mode, keep_cache, arguments)
+        return None if found is None else (list(found[0]), float(found[1]))
+
     async def resume(self) -> None:
         await self._ask("resume")
 
@@ -181,7 +187,9 @@ class _Place:
                 return {"value": None}
             case "list":
                 return self._start(self._host.list([Revision(*entry) for entry in arguments[0]]))
-            case "call" | "before_pause" | "pause" | "resume" | "refuse" | "label" | "in_use":
+            case "commit_at_once" if isinstance(self._host, SyncHost):
+                return {"value": None}
+            case "commit_at_once" | "call" | "before_pause" | "pause" | "resume" | "refuse" | "label" | "in_use":
                 return self._start(getattr(self._host, method)(*arguments))
         raise UsageError(f"unknown call {method!r}", next_step="Use the same version of weightwire on both sides.")
 
