@@ -37,6 +37,7 @@ class Baseline:
         self._specs: tuple[TensorSpec, ...] = ()
         self._parts: tuple[Part, ...] = ()
         self._spread = False
+        self._device = torch.device("cpu")
         self._tensors: list[torch.Tensor] = []
         self._digests: list[Digest] = []
 
@@ -111,10 +112,10 @@ class Baseline:
         self.chain.clear()
         self._spread = bool(parts)
         parts = parts or tuple(Part.whole(spec.shape) for spec in specs)
-        if (specs, parts) != (self._specs, self._parts):
-            self._specs, self._parts = specs, parts
+        if (specs, parts) != (self._specs, self._parts) or any(t.device != self._device for t in self._tensors):
+            self._specs, self._parts, self._tensors = specs, parts, []  # before there are new ones
             self._tensors = [
-                torch.empty(part.numel, dtype=getattr(torch, spec.dtype))
+                torch.empty(part.numel, dtype=getattr(torch, spec.dtype), device=self._device)
                 for spec, part in zip(specs, parts, strict=True)
             ]
 

@@ -37,7 +37,6 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
-        self._device = torch.device("cpu")
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
@@ -92,37 +91,31 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self.chain.clear()
-        self._spread = self._source.ranks is not None
-        parts = parts or tuple(Part.whole(spec.shape) for spec in specs)
-        if odd := next((s.name for s, part in zip(specs, parts, strict=True) if not part.is_run), None):
+        if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device
-        if (specs, parts) != (self._specs, self._parts) or any(t.device != self._device for t in self._tensors):
-            self._specs, self._parts, self._tensors = specs, parts, []  # before there are new ones
-            self._tensors = [
-                torch.empty(part.numel, dtype=getattr(torch, spec.dtype), device=self._device)
-                for spec, part in zip(specs, parts, strict=True)
-            ]
+        super().start(specs, parts)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         super().write(tensor, start, data)
         self._written = True
 
     def take_own(self, read: Read) -> list[Scan]:
-        for base, new in zip(self._tensors, self._news(), strict=True):
-            base.copy_(new)
+        self._copy()
         self._written = True
         return self._scan()
 
     def finish(self, version: int, scans: Sequence[Scan]) -> None:
         """What nobody has written is as the parameters are."""
         if not self._written:
-            for base, new in zip(self._tensors, self._news(), strict=True):
-                base.copy_(new)
+            self._copy()
         self._digests = [scanned.digest for scanned in scans]
         # Weights that changed while they were published are no base for a delta.
         self.version = version if [scanned.digest for scanned in self._scan()] == self._digests else None
+
+    def _copy(self) -> None:
+        for base, new in zip(self._tensors, self._news(), strict=True):
+            base.copy_(new)
 
     def _scan(self) -> list[Scan]:
         parts = zip(self._tensors, self._parts, strict=True)

@@ -355,7 +355,7 @@ class Run:
             self._ask()
 
     def _link(self, engine: Engine) -> Link:
-        id = self._ids[engine.name]
+        id = self._id(engine)
 
         def put(index: int, body: memoryview) -> None:
             try:

@@ -151,7 +151,7 @@ class FsdpSource:
 
     def scan_own(self) -> list[Scan | Pending]:
         """Of each tensor what this rank is to send of it; over all ranks they add up to the whole."""
-        mine = [{holder: box for box, holder in boxes.items()}.get(self.ranks.rank) for boxes in self._holders]
+        mine = self._own_boxes()
         held = zip(self._held, mine, strict=True)
         scans = iter(scan_boxes_any([(each.part(box), box, each.shape) for each, box in held if box is not None]))
         return [Scan(NO_DIGEST, 0) if box is None else next(scans) for box in mine]
@@ -163,11 +163,14 @@ class FsdpSource:
 
     def own(self) -> Mapping[str, torch.Tensor]:
         """See `SpreadSource.own`."""
-        boxes = [{rank: box for box, rank in held.items()}.get(self.ranks.rank) for held in self._holders]
         return {
             spec.name: held.local.new_empty(0) if box is None else held.part(box)
-            for spec, held, box in zip(self._specs, self._held, boxes, strict=True)
+            for spec, held, box in zip(self._specs, self._held, self._own_boxes(), strict=True)
         }
+
+    def _own_boxes(self) -> list[Box | None]:
+        """Of each tensor what this rank is to send, if anything."""
+        return [{holder: box for box, holder in boxes.items()}.get(self.ranks.rank) for boxes in self._holders]
 
     def read_part(self, tensor: int, start: int, out: torch.Tensor) -> Scan:
         """See `SpreadSource.read_part`."""

@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -35,7 +35,6 @@ from weightwire.updates.receipt import Proof
 __all__ = ["AdapterStore", "path_of"]
 
 _SCHEME = "weightwire:"
-K = TypeVar("K")
 
 
 def path_of(revision: Revision) -> str:
@@ -310,18 +309,17 @@ class _Staged(StagedAdapter):
         self._early = store.beside.submit(self._lay_out)
 
     def _lay_out(self) -> tuple[dict[str, torch.Tensor], Any]:
-        """Make room for each tensor, which `write` fills, and vLLM's model of them; gives what that was made of too."""
+        """Make room for each tensor, to be filled later, and vLLM's model of them; gives what that was made of too."""
         given: dict[str, torch.Tensor] = {}
         for a in (True, False):
             numbers = [number for number, spec in enumerate(self._specs) if _is_a(spec.name) is a]
-            specs = [self._specs[number] for number in numbers]
-            sizes = [spec.numel for spec in specs]
+            sizes = [self._specs[number].numel for number in numbers]
             flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
             # vLLM scales each B in place, and what was sent may be asked for again: so its model has its own.
             own = flat if a else torch.empty_like(flat)
-            for spec, part, owned in zip(specs, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
+            for number, part, owned in zip(numbers, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
+                spec, self._rows[number] = self._specs[number], part
                 self._tensors[spec.name], given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
-            self._rows.update(zip(numbers, torch.split(flat, sizes), strict=True))
             self._flat.append((flat, own))
         return given, self._build(given)
 

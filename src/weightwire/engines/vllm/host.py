@@ -25,6 +25,8 @@ _WATCH_SECONDS = 0.5
 class AsyncHost:
     """An `AsyncLLM`, on the event loop that runs it. `refusal` is why it refuses to generate, or None."""
 
+    in_order = True
+
     def __init__(self, engine: Any, name: str, names: Names | None = None) -> None:
         self._engine = engine
         self.name = name
@@ -38,8 +40,6 @@ class AsyncHost:
     def takes_adapters(self) -> bool:
         """Whether the engine was started with LoRA."""
         return self._engine.vllm_config.lora_config is not None
-
-    in_order = True
 
     @property
     def idle(self) -> bool:
