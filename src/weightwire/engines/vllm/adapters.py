@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from weightwire.engines.staged_adapter import StagedAdapter
+from weightwire.engines.vllm.adapter_memory import AdapterMemory, SpareMemory, is_a
 from weightwire.engines.vllm.compat import rename_mapper, supports
 from weightwire.errors import (
     EngineError,
@@ -27,8 +28,9 @@ from weightwire.errors import (
 )
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
+from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
-from weightwire.updates.digest import Scan, all_finite, scan_joined_any, settle
+from weightwire.updates.digest import Joined, Scan, all_finite, settle
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
@@ -54,6 +56,8 @@ class AdapterStore:
         self._worker = worker
         self._sent: dict[int, tuple[dict[str, torch.Tensor], Any]] = {}
         self._built: dict[int, Any] = {}
+        self._memory: dict[int, AdapterMemory] = {}
+        self.spare = SpareMemory()
         self._manager: Any = None
         self._binding: tuple[object, _Binding] | None = None
         # What an adapter needs before its first byte is made here, while the trainer reads that; and what can be done
@@ -63,6 +67,12 @@ class AdapterStore:
         )
         self.loads: dict[str, int] = {}
         """How often vLLM has asked for each path."""
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype that vLLM casts them to; None where it takes none."""
+        config = self._worker.vllm_config.lora_config
+        return None if config is None else str(config.lora_dtype).removeprefix("torch.")
 
     def prepare(self, manifest: Manifest, revision: Revision) -> _Staged:
         """Check that the adapter fits this engine, and lay it out."""
@@ -82,15 +92,24 @@ class AdapterStore:
         self.loads.pop(path_of(revision), None)
         if self._manager is not None and revision.id in self._manager.list_adapters():
             self._manager.remove_adapter(revision.id)
+        if (memory := self._memory.pop(revision.id, None)) is not None:
+            self.spare.keep(memory)
 
     def enter(
-        self, revision: Revision, tensors: dict[str, torch.Tensor], binding: _Binding, built: Any
+        self,
+        revision: Revision,
+        tensors: dict[str, torch.Tensor],
+        binding: _Binding,
+        built: Any,
+        memory: AdapterMemory,
     ) -> tuple[dict[str, Proof], str]:
-        """Have vLLM load and activate a revision, and read it back (`_Binding.read_back`)."""
+        """Have vLLM load and activate a revision, and read it back (`_Binding.read_back`). `memory`: what its tensors
+        are parts of."""
         from vllm.lora.request import LoRARequest
 
         self._sent[revision.id] = (tensors, binding.helper)
         self._built[revision.id] = built
+        self._memory[revision.id] = memory
         with binding.filling() as given:
             self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
         slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
@@ -120,7 +139,7 @@ class AdapterStore:
             raise EngineError(f"{request.lora_path} is held no more")
         tensors, helper = self._sent[request.lora_int_id]
         # vLLM scales each B in place, and what was sent may be asked for again.
-        own = {name: tensor if _is_a(name) else tensor.clone() for name, tensor in tensors.items()}
+        own = {name: tensor if is_a(name) else tensor.clone() for name, tensor in tensors.items()}
         return build(manager, request.lora_int_id, own, helper)
 
 
@@ -157,10 +176,6 @@ def _peft_helper(config: dict[str, Any], rank: int, lora_config: Any) -> Any:
     return helper
 
 
-def _is_a(name: str) -> bool:
-    return name.endswith((".lora_A.weight", ".lora_embedding_A"))
-
-
 class _Binding:
     """Which live modules an adapter's tensors go to."""
 
@@ -175,6 +190,7 @@ class _Binding:
             for index, part in enumerate(parts)
         }
         self.modules: dict[str, Any] = {}
+        self._slots: dict[int, _Slot] = {}
 
     def check(self, manifest: Manifest) -> None:
         """Find the live module of each tensor, and compare the shapes. vLLM itself passes over a module that it does
@@ -229,13 +245,19 @@ class _Binding:
                 module.__dict__.pop("set_lora", None)
         places, parts = [], []
         for name, matrices in given.items():
-            for place, part in zip(_in_slot(noting[name], slots[name]), matrices, strict=True):
+            for place, part in zip(self._slot(slots[name]).places[name], matrices, strict=True):
                 if part is None or part.shape != place.shape[1:]:
                     place.zero_()  # of what the adapter before has left beside a smaller one
                 if part is not None:
                     places.append(place[0, : part.shape[0], : part.shape[1]])
                     parts.append(part)
         torch._foreach_copy_(places, parts)
+
+    def _slot(self, number: int) -> _Slot:
+        slot = self._slots.get(number)
+        if slot is None or not slot.is_there(self.modules):
+            slot = self._slots[number] = _Slot(self.modules, number)
+        return slot
 
     def read_back(
         self, slot: int, given: Mapping[str, Sequence[torch.Tensor | None]], beside: ThreadPoolExecutor
@@ -246,20 +268,21 @@ class _Binding:
         held: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         expected: list[torch.Tensor] = []
-        for name, module in self.modules.items():
-            found, parts = _in_slot(module, slot), given.get(name)
+        of_slot = self._slot(slot)
+        for name, found in of_slot.places.items():
+            parts = given.get(name)
             proof[name] = "staged" if parts is None else "read back"
             held += found if parts is None else [part for part in parts if part is not None]
             if parts is not None:
                 places += found
                 expected += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
         # Without what fills a slot up, and with what could not be compared.
-        whole = len(held) == len(places) and _numel(held) == _numel(places)
-        scan = functools.partial(scan_joined_any, places if whole else held)
+        whole = len(held) == len(places) == of_slot.matrices and _numel(held) == of_slot.numel
+        scan = (of_slot.joined if whole else Joined(held)).scan
         # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
         scanning = None if any(each.is_cuda for each in held) else beside.submit(scan)
-        if not _alike(places, expected):
-            wrong = next(n for n, parts in given.items() if not _holds(_in_slot(self.modules[n], slot), parts))
+        if not alike(places, expected):
+            wrong = next(n for n, parts in given.items() if not _holds(of_slot.places[n], parts))
             raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
         return proof, settle([scanning.result() if scanning else scan()])[0].digest.hex()
 
@@ -283,11 +306,7 @@ def _sizes(module: Any, part: int) -> tuple[int, int] | None:
 
 
 class _Staged(StagedAdapter):
-    """One revision on its way in. vLLM's model of it is made beside the engine, and given to it in `check`.
-
-    All A lie in one piece of memory and all B in another, so that what is done to every matrix is one operation on few
-    pieces, not one on each of hundreds of small ones.
-    """
+    """One revision on its way in. vLLM's model of it is made beside the engine, and given to it in `check`."""
 
     def __init__(self, store: AdapterStore, binding: _Binding, manifest: Manifest, revision: Revision) -> None:
         dtype: torch.dtype = binding.manager.lora_config.lora_dtype
@@ -297,41 +316,28 @@ class _Staged(StagedAdapter):
         self._revision = revision
         self._finite = manifest.finite
         self._built: Any = None
-        self._device = torch.device(binding.manager.device)
-        self._flat: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._proof: dict[str, Proof] = {}
-        self._rows: dict[int, torch.Tensor] = {}
         self._lent: list[tuple[int, torch.Tensor]] = []
         self._on_host = _OnHost([])
         self._loras: dict[str, Any] = {}
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
-        self._early = store.beside.submit(self._lay_out)
-
-    def _lay_out(self) -> tuple[dict[str, torch.Tensor], Any]:
-        """Make room for each tensor, to be filled later, and vLLM's model of them; gives what that was made of too."""
-        given: dict[str, torch.Tensor] = {}
-        for a in (True, False):
-            numbers = [number for number, spec in enumerate(self._specs) if _is_a(spec.name) is a]
-            sizes = [self._specs[number].numel for number in numbers]
-            flat = torch.empty(sum(sizes), dtype=self._dtype, device=self._device)
-            # vLLM scales each B in place, and what was sent may be asked for again: so its model has its own.
-            own = flat if a else torch.empty_like(flat)
-            for number, part, owned in zip(numbers, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
-                spec, self._rows[number] = self._specs[number], part
-                self._tensors[spec.name], given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
-            self._flat.append((flat, own))
-        return given, self._build(given)
+        where = (manifest.tensors, dtype, torch.device(binding.manager.device))
+        self._early = store.beside.submit(store.spare.take, *where)
+        self._building = store.beside.submit(lambda: self._build(self._early.result().given))
 
     def _build(self, given: dict[str, torch.Tensor]) -> Any:
-        return build(self._binding.manager, self._revision.id, given, self._binding.helper)
+        """vLLM's model of matrices that are still to be filled."""
+        # Of tensors of its own, so that it is seen for how long vLLM keeps them (`AdapterMemory.fits`).
+        own = {name: tensor.detach() for name, tensor in given.items()}
+        return build(self._binding.manager, self._revision.id, own, self._binding.helper)
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        self._early.result()
+        rows = self._early.result().rows
         to, parts = [], []
         for number, start, count, offset in bucket.pieces:
             dtype = getattr(torch, self._specs[number].dtype)
-            to.append(self._rows[number][start : start + count])
+            to.append(rows[number][start : start + count])
             parts.append(data[offset : offset + count * dtype.itemsize].view(dtype))
         torch._foreach_copy_(to, parts)
 
@@ -342,34 +348,35 @@ class _Staged(StagedAdapter):
         self._lent.append((tensor, data.reshape(-1)))
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        given, built = self._early.result()
+        memory, built = self._early.result(), self._building.result()
         if self._lent:
-            torch._foreach_copy_([self._rows[number] for number, _ in self._lent], [data for _, data in self._lent])
+            torch._foreach_copy_([memory.rows[number] for number, _ in self._lent], [data for _, data in self._lent])
             self._lent.clear()
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = any(getattr(torch, spec.dtype) != self._dtype for spec in self._specs)
-        if self._finite and cast and not all(all_finite(flat) for flat, _ in self._flat):
+        if self._finite and cast and not all(all_finite(flat) for flat, _ in memory.flat):
             raise NonFinite(
                 f"the adapter is not finite in the engine's {self._dtype}",
                 next_step="Nothing was changed. Serve it in a wider dtype: --lora-dtype.",
             )
-        for flat, own in self._flat:
+        for flat, own in memory.flat:
             if own is not flat:
                 own.copy_(flat)
-        self._built = built if _is_made_of(built, given) else self._build(given)
+        self._built = built if _is_made_of(built, memory.given) else self._build(memory.given)
         for name, lora in self._built.loras.items():
             # As vLLM does when it takes it, on the thread that generates; 0.26 would scale those of experts once more.
             if ".experts" not in name:
                 lora.optimize()
-        self._on_host = _OnHost([each for both in self._flat for each in both])
+        self._on_host = _OnHost([each for both in memory.flat for each in both])
 
     def check(self, seconds: float) -> bool:
         if self._built is None:
             return True
         built, self._built = self._built, None
+        memory = self._early.result()
         self._on_host.wait_for_device()
-        kept = {name: self._on_host.of(tensor) for name, tensor in self._tensors.items()}
-        self._proof, self._held = self._store.enter(self._revision, kept, self._binding, built)
+        kept = {name: self._on_host.of(tensor) for name, tensor in memory.sent.items()}
+        self._proof, self._held = self._store.enter(self._revision, kept, self._binding, built, memory)
         self._loras = built.loras
         return True
 
@@ -387,13 +394,13 @@ class _Staged(StagedAdapter):
         super().discard()
         self._on_host.wait()
         self._on_host, self._loras = _OnHost([]), {}
-        self._flat.clear()
-        self._rows.clear()
         self._lent.clear()
         self._built = None
+        for job in (self._early, self._building):
+            job.cancel()
+        self._early, self._building = Future(), Future()  # whoever comes after this finds them cancelled too
         self._early.cancel()
-        self._early = Future()  # whoever comes after this finds it cancelled too
-        self._early.cancel()
+        self._building.cancel()
 
 
 class _OnHost:
@@ -425,9 +432,9 @@ class _OnHost:
             self._here.synchronize()
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same part of the copy; what is part of none is copied now."""
+        """The same part of the copy; what is part of none is copied now. Always a tensor of its own."""
         if tensor.device.type == "cpu":
-            return tensor
+            return tensor.detach()
         if (found := self._copies.get(tensor.untyped_storage().data_ptr())) is None:
             return tensor.cpu()
         return found[1].as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -437,6 +444,29 @@ class _OnHost:
         if isinstance(matrices, list):
             return [None if each is None else self.of(each) for each in matrices]
         return None if matrices is None else self.of(matrices)
+
+
+class _Slot:
+    """Where live modules hold the revision of one slot, by their names: every A, then every B."""
+
+    def __init__(self, modules: Mapping[str, Any], number: int) -> None:
+        self.places = {name: _in_slot(module, number) for name, module in modules.items()}
+        self._stacks = _stacks(modules)
+        every = [place for places in self.places.values() for place in places]
+        self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
+
+    def is_there(self, modules: Mapping[str, Any]) -> bool:
+        """Whether the modules hold it still where they did."""
+        return self._stacks == _stacks(modules)
+
+
+def _stacks(modules: Mapping[str, Any]) -> list[int]:
+    return [
+        stack.data_ptr()
+        for module in modules.values()
+        for each in (module.lora_a_stacked, module.lora_b_stacked)
+        for stack in (each if isinstance(each, tuple) else (each,))
+    ]
 
 
 def _in_slot(module: Any, slot: int) -> list[torch.Tensor]:
@@ -477,22 +507,7 @@ def _numel(tensors: Sequence[torch.Tensor]) -> int:
 
 
 def _holds(places: Sequence[torch.Tensor], parts: Sequence[torch.Tensor | None]) -> bool:
-    return _alike(places, [_filled_up(part, place) for part, place in zip(parts, places, strict=True)])
-
-
-def _alike(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    """Whether they are equal bit for bit. On a GPU laid end to end, and compared by one call."""
-    if ones and ones[0].is_cuda:
-        ones, others = ([torch.cat([each.reshape(-1) for each in side])] for side in (ones, others))
-    return all(torch.equal(*_bits(one, other)) for one, other in zip(ones, others, strict=True))
-
-
-def _bits(one: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both as integers, as wide ones as can be, since each is compared by itself."""
-    one, other = one.reshape(-1), other.reshape(-1)
-    wide = all(t.nbytes % 8 == 0 and t.storage_offset() * t.itemsize % 8 == 0 for t in (one, other))
-    dtype = torch.int64 if wide else {1: torch.uint8, 2: torch.int16, 4: torch.int32}[one.itemsize]
-    return one.view(dtype), other.view(dtype)
+    return alike(places, [_filled_up(part, place) for part, place in zip(parts, places, strict=True)])
 
 
 def _listed(matrices: Any) -> list[Any]:

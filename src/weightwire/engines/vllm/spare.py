@@ -11,7 +11,7 @@ from collections import defaultdict
 
 import torch
 
-__all__ = ["Spare", "is_alone"]
+__all__ = ["Spare", "is_alone", "uses"]
 
 
 class Spare:
@@ -50,5 +50,10 @@ class Spare:
 
 def is_alone(tensor: torch.Tensor) -> bool:
     """Whether no other tensor shares its memory."""
-    count = getattr(torch._C, "_storage_Use_Count", lambda storage: 0)
-    return bool(count(tensor.untyped_storage()._cdata) == 2)  # itself, and the storage that is asked about
+    return uses(tensor) == 2  # itself, and the storage that is asked about
+
+
+def uses(tensor: torch.Tensor) -> int | None:
+    """How many refer to its memory; None if this torch does not say."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return None if count is None else int(count(tensor.untyped_storage()._cdata))

@@ -1,0 +1,85 @@
+"""Memory of one adapter's matrices in a worker, and what is kept of it for the next adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from weightwire.engines.vllm.spare import uses
+from weightwire.updates.manifest import TensorSpec
+
+__all__ = ["AdapterMemory", "SpareMemory", "is_a"]
+
+
+def is_a(name: str) -> bool:
+    """Whether this matrix is the first of its two, which an input comes to first.
+
+    >>> is_a("base_model.model.q.lora_A.weight"), is_a("base_model.model.q.lora_B.weight")
+    (True, False)
+    """
+    return name.endswith((".lora_A.weight", ".lora_embedding_A"))
+
+
+class AdapterMemory:
+    """All A lie in one piece of memory and all B in another, so that what is done to every matrix is one operation on
+    few pieces, not one on each of hundreds of small ones."""
+
+    def __init__(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> None:
+        self.specs, self.dtype, self.device = specs, dtype, device
+        self.sent: dict[str, torch.Tensor] = {}
+        """What is sent, by name."""
+        self.given: dict[str, torch.Tensor] = {}
+        """What vLLM is given: it scales each B in place, and what was sent may be asked for again."""
+        self.rows: dict[int, torch.Tensor] = {}
+        """What is sent, by its number, in one dimension."""
+        self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
+        """The pieces that `sent` and `given` are parts of: of A, which are one, and of B."""
+        self._lay_out()
+        self._uses = self._count()
+
+    def _lay_out(self) -> None:
+        for first in (True, False):
+            numbers = [number for number, spec in enumerate(self.specs) if is_a(spec.name) is first]
+            sizes = [self.specs[number].numel for number in numbers]
+            flat = torch.empty(sum(sizes), dtype=self.dtype, device=self.device)
+            own = flat if first else torch.empty_like(flat)
+            for number, part, owned in zip(numbers, torch.split(flat, sizes), torch.split(own, sizes), strict=True):
+                spec, self.rows[number] = self.specs[number], part
+                self.sent[spec.name], self.given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
+            self.flat.append((flat, own))
+
+    def fits(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether another adapter's matrices would lie just so, and nobody else has any of it."""
+        alike = (self.dtype, self.device) == (dtype, device) and self.specs == specs
+        return alike and None not in self._uses and self._uses == self._count()
+
+    def _count(self) -> list[int | None]:
+        return [uses(each) for both in self.flat for each in both]
+
+
+class SpareMemory:
+    """Of an adapter that was dropped, kept for the next one: on a CPU, memory that is new takes longer to be touched
+    first than to be filled. Any thread may call.
+
+    >>> spare, specs = SpareMemory(), [TensorSpec(name="q.lora_A.weight", dtype="float32", shape=(2, 4))]
+    >>> first = spare.take(specs, torch.float32, torch.device("cpu"))
+    >>> spare.keep(first)
+    >>> spare.take(specs, torch.float32, torch.device("cpu")) is first
+    True
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[AdapterMemory] = []
+
+    def keep(self, memory: AdapterMemory) -> None:
+        """Take it back. What was kept before is let go of."""
+        if memory.device.type == "cpu":
+            self._kept = [memory]
+
+    def take(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> AdapterMemory:
+        """Memory for these matrices, whatever it holds."""
+        kept, self._kept = self._kept, []
+        if kept and kept[0].fits(specs, dtype, device):
+            return kept[0]
+        return AdapterMemory(specs, dtype, device)
