@@ -262,6 +262,8 @@ def test_nan_and_inf_are_refused_unless_asked_for(engine_of: Any, bad: float) ->
 class Rank:
     """A rank's model: one tensor, which takes deltas. `breaks` says where its commit fails."""
 
+    adapter_dtype = None
+
     def __init__(self, live: torch.Tensor) -> None:
         self.live = live.clone()
         self.breaks: str | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from weightwire.reading import Reading
@@ -30,3 +31,26 @@ def test_a_bucket_is_packed_by_one_call_but_not_past_a_source_that_reads_in_its_
     assert to[64:88].view(torch.float32).tolist() == tensors["b"].tolist()
     own = Own(tensors)
     assert Reading(own, own.metadata(), parts=False).pack(pieces, to) is None
+
+
+@pytest.mark.parametrize("way", ["pack", "read"])
+def test_what_is_wider_is_cast_on_the_way(way: str) -> None:
+    wide, narrow = torch.randn(7), torch.randn(5).to(torch.float16)
+    source = TensorSource({"wide": wide, "narrow": narrow})
+    reading = Reading(source, source.metadata(), parts=False, dtype="bfloat16")
+    assert [spec.dtype for spec in reading.specs] == ["bfloat16", "float16"]
+    to = torch.zeros(64, dtype=torch.uint8)
+    if way == "pack":
+        found = reading.pack([Piece(0, 2, 5, 0), Piece(1, 0, 5, 16)], to)
+    else:
+        places = to[:10].view(torch.bfloat16), to[16:26].view(torch.float16)
+        found = [reading.read(0, 2, places[0]), reading.read(1, 0, places[1])]
+    cast = wide.to(torch.bfloat16)
+    assert torch.equal(to[:10].view(torch.bfloat16), cast[2:])
+    assert torch.equal(to[16:26].view(torch.float16), narrow)
+    assert found == [scan(cast[2:], start=2), scan(narrow)]
+
+
+def test_nothing_is_cast_to_what_is_wider() -> None:
+    source = TensorSource({"w": torch.zeros(3, dtype=torch.bfloat16)})
+    assert Reading(source, source.metadata(), parts=False, dtype="float32").specs == tuple(source.metadata())

@@ -154,6 +154,8 @@ class FakeAdapter(FakeStaging):
 class FakeTarget:
     """A model of two tensors. `fails` is what the next staging breaks at; `known` and `free` refuse what they must."""
 
+    adapter_dtype = None
+
     def __init__(self) -> None:
         self.live = values(OLD)
         self.fails: str | None = None
@@ -753,8 +755,11 @@ def _settle(receiver: Receiver, id: str = "u") -> None:
     _wait_for(lambda: not receiver.poll(id)["busy"])
 
 
-def staged_adapter(receiver: Receiver, version: int) -> str:
-    """The id of an adapter's update that is sealed."""
+CLIENT = {"client": 0, "clients": 1, "in_use": []}
+
+
+def begun_adapter(receiver: Receiver, version: int) -> dict[str, Any]:
+    """The arguments with which to seal an adapter's update that has arrived."""
     id = f"{version:032x}"
     manifest = msgspec.structs.replace(
         manifest_of(version), kind="adapter", adapter=Adapter(name="policy", config={"r": 1, "lora_alpha": 1})
@@ -762,8 +767,18 @@ def staged_adapter(receiver: Receiver, version: int) -> str:
     receiver.begin(id=id, manifest=manifest, holder="t", lease=LEASE)
     for index, body in enumerate(bodies(manifest, version)):
         receiver.put(id=id, index=index, body=body)
-    receiver.seal(id=id, digests=digests(version))
-    return id
+    return {"id": id, "digests": digests(version)}
+
+
+def ask(receiver: Receiver, op: str, **arguments: Any) -> Any:
+    return decode_reply(receiver.handle(op, encode_call(**arguments)))
+
+
+def staged_adapter(receiver: Receiver, version: int) -> str:
+    """The id of an adapter's update that is sealed."""
+    sealing = begun_adapter(receiver, version)
+    receiver.seal(**sealing)
+    return str(sealing["id"])
 
 
 def labels(receiver: Receiver) -> list[str]:
@@ -781,6 +796,41 @@ def test_an_adapter_is_listed_once_it_is_committed_and_nothing_live_has_changed(
     assert receiver.status()["version"] is None
     assert receiver.status()["spent"] == {"policy": 7}
     assert target.holds(OLD)
+
+
+def test_an_adapter_on_a_rank_alone_is_sealed_and_committed_by_one_call() -> None:
+    receiver = make(FakeTarget())
+    found = ask(receiver, "seal", **begun_adapter(receiver, 7), client=CLIENT)
+    assert (found["committed"]["version"], found["committed"]["adapter"]) == (7, "policy@7")
+    assert [revision[0] for revision in found["committed"]["adapters"]] == ["policy"]
+    assert (receiver.state, labels(receiver)) == ("idle", ["policy@7"])
+
+
+def test_without_a_client_it_is_only_sealed() -> None:
+    receiver = make(FakeTarget())
+    assert ask(receiver, "seal", **begun_adapter(receiver, 7))["committed"] is None
+    assert (receiver.state, labels(receiver)) == ("sealed", [])
+
+
+def test_a_whole_model_is_not_committed_on_the_way() -> None:
+    receiver, id = make(FakeTarget()), "7" * 32
+    receiver.begin(id=id, manifest=manifest_of(7), holder="t", lease=LEASE)
+    for index, body in enumerate(bodies(manifest_of(7), 7)):
+        receiver.put(id=id, index=index, body=body)
+    found = ask(receiver, "seal", id=id, digests=digests(7), client=CLIENT)
+    assert (found["state"], found["committed"]) == ("sealed", None)
+
+
+@pytest.mark.parametrize(("wrong", "error", "phase"), [(True, VerificationError, None), (False, EngineError, "commit")])
+def test_which_of_the_two_has_failed_is_said(wrong: bool, error: type[WeightwireError], phase: str | None) -> None:
+    target = FakeTarget()
+    receiver = make(target)
+    target.fails = None if wrong else "commit"
+    sealing = begun_adapter(receiver, 7)
+    with pytest.raises(error) as caught:
+        ask(receiver, "seal", **sealing | ({"digests": digests(8)} if wrong else {}), client=CLIENT)
+    assert caught.value.phase == phase
+    assert labels(receiver) == []
 
 
 def test_an_adapter_whose_commit_fails_is_dropped_and_poisons_nothing() -> None:

@@ -52,12 +52,8 @@ class Fleet:
 
         return {engine.name: self._pool.submit(guarded, engine) for engine in self.engines}
 
-    def outcomes(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T | WeightwireError]:
-        """The same, once all have answered."""
-        return {name: job.result() for name, job in self.start(phase, work).items()}
-
     def each(self, phase: str, work: Callable[[Engine], T]) -> dict[str, T]:
-        """The same; raises the first error."""
+        """The same, once all have answered; raises the first error."""
         return results(self.start(phase, work))
 
     def close(self) -> None:

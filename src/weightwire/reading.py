@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import msgspec
 import torch
 
 from weightwire import transports
@@ -14,7 +15,7 @@ from weightwire.errors import SourceError, WeightwireError
 from weightwire.sources.base import LocalSource, Source, SpreadSource
 from weightwire.updates.boxes import NOTHING, Part
 from weightwire.updates.buckets import Piece
-from weightwire.updates.digest import Pending, Scan, scan_and_pack
+from weightwire.updates.digest import Pending, Scan, scan_and_pack, scan_any, scan_runs
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["Reading", "Weights"]
@@ -37,13 +38,16 @@ class Weights:
 
 class Reading:
     """Of a source with these `specs`. With `parts`, which part of each tensor is whose is found out too, if the source
-    is spread over ranks."""
+    is spread over ranks. With `dtype`, what is wider is cast to that on the way, and `specs` say so; not of a source
+    that is spread."""
 
-    def __init__(self, source: Source, specs: Sequence[TensorSpec], *, parts: bool) -> None:
+    def __init__(self, source: Source, specs: Sequence[TensorSpec], *, parts: bool, dtype: str | None = None) -> None:
         self._source = source
         self._spread = cast(SpreadSource, source)  # where there are ranks, and parts are asked for
         self._order = _order(specs)
-        self.specs = tuple(specs[n] for n in self._order)
+        self._dtypes = [getattr(torch, specs[n].dtype) for n in self._order]
+        self.specs = tuple(_narrowed(specs[n], dtype) for n in self._order)
+        self._sent = [getattr(torch, spec.dtype) for spec in self.specs]
         self.parts: list[Mapping[int, Part]] = []
         self.mine: tuple[Part, ...] = ()
         if source.ranks is not None and parts:
@@ -52,6 +56,10 @@ class Reading:
 
     def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         """Elements `start ..` of a tensor, read by all ranks together."""
+        if self._dtypes[tensor] != out.dtype:
+            own = torch.empty_like(out, dtype=self._dtypes[tensor])
+            self._guard(self._source.read, tensor, start, own)
+            return scan_any(out.copy_(own), start)
         return self._guard(self._source.read, tensor, start, out)
 
     def pack(self, pieces: Sequence[Piece], to: torch.Tensor) -> list[Scan] | None:
@@ -61,7 +69,15 @@ class Reading:
         whole = self.whole if plain and to.device.type == "cpu" else []
         if not whole or whole[0].device.type != "cpu":
             return None
-        return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
+        if self._dtypes == self._sent:
+            return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
+        dtypes = [self._sent[piece.tensor] for piece in pieces]
+        places = [
+            to[p.offset : p.offset + p.count * dtype.itemsize].view(dtype)
+            for p, dtype in zip(pieces, dtypes, strict=True)
+        ]
+        torch._foreach_copy_(places, [whole[p.tensor].view(-1)[p.start : p.start + p.count] for p in pieces])
+        return scan_runs(to, [(p.offset, p.count, p.start, dtype) for p, dtype in zip(pieces, dtypes, strict=True)])
 
     def gather(self, runs: Callable[[], Sequence[tuple[int, int, torch.Tensor]]]) -> None:
         """As `SpreadSource.gather`."""
@@ -80,10 +96,13 @@ class Reading:
 
     @functools.cached_property
     def whole(self) -> list[torch.Tensor]:
-        """The tensors themselves, where they are all of them contiguous and on one device."""
+        """The tensors themselves, where they are all of them contiguous and on one device; on a GPU cast."""
         whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]
         alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
-        return [whole[n] for n in self._order] if alike else []
+        ordered = [whole[n] for n in self._order] if alike else []
+        if not ordered or ordered[0].device.type == "cpu":
+            return ordered
+        return [tensor.to(dtype) for tensor, dtype in zip(ordered, self._sent, strict=True)]
 
     def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:
@@ -92,6 +111,12 @@ class Reading:
             raise
         except Exception as error:
             raise SourceError(f"tensor number {tensor} could not be read: {error!r}", phase="stage") from error
+
+
+def _narrowed(spec: TensorSpec, dtype: str | None) -> TensorSpec:
+    if dtype is None or getattr(torch, dtype).itemsize >= spec.itemsize:
+        return spec
+    return msgspec.structs.replace(spec, dtype=dtype)
 
 
 def _order(specs: Sequence[TensorSpec]) -> list[int]:

@@ -175,7 +175,7 @@ class Receiver:
             "stage": self._polled(self.stage),
             "put": self._polled(self.put),
             "poll": self.poll,
-            "seal": self._polled(self.seal),
+            "seal": self._seal_and_keep,
             "commit": self.commit,
             "proof": self.proof,
             "abort": self.abort,
@@ -343,6 +343,23 @@ class Receiver:
             while not self._background and update.ready and not update.sealed and update.error is None:
                 self._check(update, _CHECK_SECONDS)
 
+    def _seal_and_keep(
+        self,
+        id: str,
+        digests: Sequence[str],
+        hold: float = 0.0,
+        linger: float = 0.0,
+        client: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """`seal`, as a call that starts work. With `client`, an adapter is committed too if it is sealed by then, as it
+        can be where this rank is the only one: `committed` is what `commit` gives."""
+        found = self._polled(self.seal)(id, hold, linger, digests=digests)
+        try:
+            ready = client is not None and found["state"] == "sealed" and found["kind"] == "adapter"
+            return {**found, "committed": self.commit(id, client) if ready else None}
+        except WeightwireError as error:
+            raise error.at(phase="commit") from error
+
     def commit(self, id: str, client: dict[str, Any] | None = None) -> dict[str, Any]:
         """Make a sealed update live, and give this rank's part of the receipt. A failure in here poisons this rank,
         unless it was a delta that could be undone.
@@ -374,7 +391,7 @@ class Receiver:
             self._proofs = (id, self._submit(lambda: self._prove(update)))
             digests = update.delta.after if update.delta else [scanned.digest for scanned in update.known]
             return {
-                "adapters": self.adapters(**client) if client else None,
+                "adapters": self._listed(**client) if client is not None else None,
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
                 "version": update.manifest.version,
                 "kind": update.manifest.kind,
@@ -465,13 +482,17 @@ class Receiver:
     def adapters(self, client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> list[Revision]:
         """Name, version and id of each revision that new requests can have, the newest of each name last. Takes what
         this client has in use (`Revisions.report`), and frees what nobody has."""
+        with self._lock:
+            listed = self._listed(client, clients, in_use)
+            self._drop()
+            return listed
+
+    def _listed(self, client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> list[Revision]:
         if not 0 <= client < clients <= _MAX_CLIENTS:
             raise StateError(f"client {client} of {clients}")
-        with self._lock:
-            self._revisions.report(client, clients, in_use)
-            self._dropped += self._revisions.free()
-            self._drop()
-            return self._revisions.listed()
+        self._revisions.report(client, clients, in_use)
+        self._dropped += self._revisions.free()
+        return self._revisions.listed()
 
     def unload(self, name: str) -> None:
         """Serve an adapter no more; requests in flight finish."""
@@ -518,6 +539,7 @@ class Receiver:
                 },
                 "adapters": self._revisions.status(),
                 "spent": self._revisions.spent(),
+                "adapter_dtype": self._target.adapter_dtype,
                 "receipt": self._receipt,
             }
 

@@ -81,7 +81,7 @@ class Means:
                 )
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="resolve") from None
-            self.choices[engine.name] = replace(choice, ranks=answers[0].ranks)
+            self.choices[engine.name] = replace(choice, ranks=answers[0].ranks, adapter_dtype=answers[0].adapter_dtype)
         return self.choices[engine.name]
 
 
@@ -107,6 +107,7 @@ class Run:
         self._told: dict[str, str | None] = {}
         self._unasked: list[Callable[[], None]] = []
         self._stages: list[Future[None]] = []
+        self._commits: Started[EngineReceipt] = {}
         self._route = Route(why=why)
         self.committing = False
         self._done = False
@@ -128,7 +129,9 @@ class Run:
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
-        self._reading = reading = Reading(self._source, specs, parts=baseline is not None)
+        self._reading = reading = Reading(
+            self._source, specs, parts=baseline is not None, dtype=self._cast_to() if config is not None else None
+        )
         self._decide(whole=config is None and not partial and staging == "copy", finite=finite)
         encoded = time.perf_counter()
         draft = Manifest(
@@ -155,10 +158,12 @@ class Run:
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take_own(reading.read_own))
         behind = self._stage_behind(manifest)
+        alone = self._ranks is None and len(self._fleet.engines) == 1  # then it waits for nobody, and is asked once
+        if not (alone and self._fetches_by_itself):
+            together.on_leader(self._finish)
         together.on_leader(self._await_begun)
         marks.append(time.perf_counter())
         digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
-        alone = self._ranks is None and len(digests) == 1  # then it waits for nobody, and is asked once
         if not alone:
             together.on_leader(lambda: self._seal(digests))
         marks.append(time.perf_counter())
@@ -268,11 +273,21 @@ class Run:
 
     @functools.cached_property
     def _choices(self) -> dict[str, Choice]:
+        if self._means.choices.keys() >= self._ids.keys():
+            return {name: self._means.choices[name] for name in self._ids}
         return self._fleet.each("resolve", lambda engine: self._means.choose(engine, self._fleet.left()))
 
     @property
     def _ways(self) -> dict[str, Transport | Lender]:
         return {choice.name: self._means.transports[choice.name] for choice in self._choices.values()}
+
+    def _cast_to(self) -> str | None:
+        """The dtype to which every engine would cast an adapter: the trainer sends it so, rather than twice the bytes.
+        Not where nothing travels anyway."""
+        if self._ranks is not None or any(isinstance(way, Lender) for way in self._ways.values()):
+            return None
+        dtypes = {choice.adapter_dtype for choice in self._choices.values()}
+        return dtypes.pop() if len(dtypes) == 1 else None
 
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
@@ -398,7 +413,6 @@ class Run:
             elif data is not None:
                 _fill_with_deltas(bucket, data, deltas, scans)
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
-        self._together.on_leader(self._finish)
         known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
 
@@ -423,7 +437,6 @@ class Run:
         for bucket in cut(manifest):
             self._reading.gather(functools.partial(runs, bucket))
         self._together.on_leader(send)
-        self._together.on_leader(self._finish)
         return self._ranks.total(settle(scans))  # type: ignore[union-attr]
 
     def _stage_behind(self, manifest: Manifest) -> dict[str, list[Scan]]:
@@ -507,7 +520,13 @@ class Run:
             if error is not None:
                 raise self._why(error, _WHY_SECONDS) if isinstance(error, TransportError) else error
 
+    @property
+    def _fetches_by_itself(self) -> bool:
+        """Whether the engines fetch since they began, and so need no more than to be asked to seal what has come."""
+        return all(address is not None for address in self._told.values())
+
     def _end_stages(self) -> None:
+        self._finish()
         self._unasked.clear()  # what was sent to the end has been taken
         for stage in self._stages:
             self._wait(stage.done, "every rank to have every bucket")
@@ -544,7 +563,13 @@ class Run:
                 timeout=self._fleet.left(),
             )
 
-        outcomes = self._fleet.outcomes("commit", commit)
+        self._commits = self._fleet.start("commit", commit)
+        if digests:
+            # While it takes what is left and makes ready, what it has taken is cleared away.
+            with contextlib.suppress(WeightwireError):
+                self._finish()
+                self._close_senders()
+        outcomes = {name: job.result() for name, job in self._commits.items()}
         errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
         if not errors:
             return outcomes  # type: ignore[return-value]
@@ -576,7 +601,7 @@ class Run:
 
     def _wait(self, ready: Callable[[], bool], what: str) -> None:
         pause, since = 0.00005, time.monotonic()
-        while not ready():
+        while not ready() and not any(job.done() for job in self._commits.values()):
             if time.monotonic() - since > _PATIENCE_SECONDS:
                 self._ask()
             self._raise_failed()

@@ -86,6 +86,11 @@ class DeltaStaging(Staging, Protocol):
 class Target(Protocol):
     """A worker's model, as the receiver sees it."""
 
+    @property
+    def adapter_dtype(self) -> str | None:
+        """The dtype to which it casts LoRA adapters (`updates.manifest.TensorSpec.dtype`); None: it takes them as they
+        are, or not at all."""
+
     def prepare(self, manifest: Manifest) -> Staging:
         """Check names, shapes and dtypes against the model and lay the update out. Must not change the model.
         Raises `UnknownTensor`, `MissingTensor`, `ShapeMismatch` or `UnsupportedError`."""

@@ -144,9 +144,9 @@ def test_flags_reach_the_publisher(
     here, asked = served(), {}
     commit = here.engine._control.commit
 
-    async def note(id: str, pause: str, keep_cache: Any, timeout: float) -> Any:
+    async def note(id: str, pause: str, keep_cache: Any, timeout: float, digests: Any) -> Any:
         asked.update(pause=pause, keep_cache=keep_cache, timeout=timeout)
-        return await commit(id, pause, keep_cache, timeout)
+        return await commit(id, pause, keep_cache, timeout, digests)
 
     monkeypatch.setattr(here.engine._control, "commit", note)
     done = run(

@@ -55,6 +55,8 @@ class Rank:
     """A rank's model: one tensor. `refuse`, `break_at` and `room_left` say what goes wrong there, `takes` what
     part of the tensor goes anywhere."""
 
+    adapter_dtype = None
+
     def __init__(self) -> None:
         self.live = weights_of(0)
         self.refuse: WeightwireError | None = None
@@ -220,6 +222,20 @@ async def heals(control: Control, host: FakeHost, version: int) -> None:
 
 
 # -- what goes well ------------------------------------------------------------------------------------------------
+
+
+def test_a_lease_does_not_end_in_a_commit_that_seals_and_has_to_wait(host: FakeHost) -> None:
+    async def a_long_one() -> None:
+        host.hours += 0.5
+        assert host.states() == {"sealed"}
+
+    async def run() -> Any:
+        control, host.hooks["pause"] = Control(host), a_long_one
+        id = (await control.begin(manifest_of(7), "trainer", 1.0, SECONDS, "test:7")).id
+        return await control.commit(id, "keep", False, 3600.0, digests_of(7))
+
+    assert asyncio.run(run()).version == 7
+    assert host.live() == [7.0] * 3
 
 
 def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import peft
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 import weightwire as ww
 from support import same, snapshot, tiny, weights_for
 from weightwire.engines import transformers_adapters
+from weightwire.engines.transformers import ModuleTarget
 from weightwire.revisions import Revision
 from weightwire.sources.base import spec_of
 from weightwire.updates.manifest import Adapter, Manifest
@@ -166,6 +168,40 @@ def test_a_narrower_adapter_is_that_of_peft(served: Any, folder_of: Any, tmp_pat
     load(engine, folder)
     with engine.adapter("policy"):
         assert equal(outputs(model), reference(folder))
+
+
+@pytest.mark.parametrize("reads", ["whole", "a folder"])
+def test_what_an_engine_would_cast_is_sent_cast(
+    served: Any, folder_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: str
+) -> None:
+    policy = trained(model_of(), 1)
+    folder = saved(policy, tmp_path / "wide")
+    for name, parameter in policy.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    expected = reference(saved(policy, tmp_path / "narrow"))
+    whole = ww.Publisher(folder, served()[1]).publish(1)
+    monkeypatch.setattr(ModuleTarget, "adapter_dtype", "bfloat16")
+    model, engine = served()
+    with ww.Publisher(folder if reads == "a folder" else trained(model_of(), 1), engine) as publisher:
+        receipt = publisher.publish(1)
+    assert receipt.nbytes * 2 == whole.nbytes
+    with engine.adapter("policy"):
+        assert equal(outputs(model), expected)
+
+
+def test_engines_that_cast_to_different_dtypes_are_sent_what_there_is(
+    served: Any, folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = [served()[1] for _ in range(2)]
+    engines[1].name = "there"
+    status = engines[0].status
+    monkeypatch.setattr(
+        engines[0], "status", lambda *a, **k: msgspec.structs.replace(status(*a, **k), adapter_dtype="bfloat16")
+    )
+    whole = ww.Publisher(folder_of(1), engines[1]).publish(1)
+    assert ww.Publisher(folder_of(1), engines).publish(2).nbytes == whole.nbytes
+    assert ww.Publisher(folder_of(1), engines[0]).publish(3).nbytes * 2 == whole.nbytes
 
 
 def test_tied_embeddings_stay_tied(served: Any, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Shared memory by itself: two segments, filled again and again, and what a reader makes of a bad one."""
+"""Shared memory by itself: two segments, filled again and again, or one for each bucket of a small update; and what a
+reader makes of a bad one."""
 
 from __future__ import annotations
 
@@ -41,9 +42,19 @@ def root(tmp_path: Path) -> Iterator[Path]:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every update counts as a large one."""
+    monkeypatch.setattr(shm, "_SMALL_UPDATE", 0)
+    monkeypatch.setattr(shm, "_SMALL_BUCKET", 0)
+
+
+@pytest.mark.parametrize("mapped", [0, 2])
 def test_every_bucket_arrives_as_it_was_sent_though_each_segment_is_mapped_once(
-    root: Path, monkeypatch: pytest.MonkeyPatch
+    root: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, mapped: int
 ) -> None:
+    if mapped:
+        request.getfixturevalue("large")
     buckets = buckets_of(300, 5000, 4096, 5000, 1, 4999, 5000)
     sent = [torch.randint(0, 256, (bucket.nbytes,), dtype=torch.uint8) for bucket in buckets]
     maps: list[int] = []
@@ -67,7 +78,7 @@ def test_every_bucket_arrives_as_it_was_sent_though_each_segment_is_mapped_once(
         sender.close()
     assert sorted(got) == list(range(len(buckets)))
     assert all(torch.equal(got[i], data) for i, data in enumerate(sent))
-    assert len(maps) == 2
+    assert len(maps) == mapped
 
 
 @pytest.mark.parametrize("size", [0, 99])
@@ -84,7 +95,47 @@ def test_a_silent_trainer_is_an_error_when_the_lease_is_over(root: Path) -> None
         list(shm.fetch("shm:", arrivals_of(buckets_of(100), lease=0.05), root))
 
 
-def test_an_engine_that_has_swept_its_names_is_asked_why(root: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_small_update_waits_for_nobody_until_its_end(root: Path, ranks: int) -> None:
+    buckets = buckets_of(300, 5000, 4096)
+    asked: list[str] = []
+
+    def wait_and_tell(ready: Callable[[], bool], what: str) -> None:
+        asked.append(what)
+        assert not ready()
+        for rank in range(ranks):
+            arrivals = Arrivals(
+                update=UPDATE, rank=rank, tensors=(), buckets=buckets, lease=SECONDS, cancelled=threading.Event()
+            )
+            assert not ready()
+            assert [data[0].item() for _, data in shm.fetch("shm:", arrivals, root)] == [1, 2, 3]
+        assert ready()
+
+    links = [Link(engine="e", update=UPDATE, ranks=ranks, put=lambda *_: None)]
+    sender = shm.Shm(root).sender(links, buckets, wait_and_tell, SECONDS)
+    for number, bucket in enumerate(buckets, start=1):
+        sender.buffer(bucket).fill_(number)
+        sender.send(bucket)
+    assert not asked
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in root.iterdir())
+    sender.finish()
+    assert asked == ["the last buckets to be read"]
+    assert list(root.iterdir()) == []
+    sender.close()
+
+
+def test_what_nobody_reads_goes_with_the_sender(root: Path) -> None:
+    buckets = buckets_of(300, 5000)
+    links = [Link(engine="e", update=UPDATE, ranks=2, put=lambda *_: None)]
+    sender = shm.Shm(root).sender(links, buckets, wait, SECONDS)
+    for bucket in buckets:
+        sender.buffer(bucket).fill_(1)
+        sender.send(bucket)
+    assert len(list(root.iterdir())) == 4
+    sender.close()
+
+
+def test_an_engine_that_has_swept_its_names_is_asked_why(root: Path, large: None) -> None:
     (bucket,) = buckets_of(4096)
     asked: list[str] = []
 

@@ -46,8 +46,7 @@ async def load_body(control: Control, name: str, version: int | None, body: byte
     begun = await control.begin(manifest, "an HTTP body", timeout, timeout)
     try:
         digests = await _put_all(control, begun.id, manifest, list(tensors.values()), deadline)
-        await control.seal(begun.id, digests, deadline - time.monotonic())
-        return await control.commit(begun.id, "keep", False, deadline - time.monotonic())
+        return await control.commit(begun.id, "keep", False, deadline - time.monotonic(), digests)
     except (WeightwireError, asyncio.CancelledError) as error:
         await control.give_up(begun.id, error, "its body could not be taken")
         raise

@@ -24,7 +24,8 @@ again; those of requests in flight, for themselves alone ("running"); or all, fo
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine says of itself. `version` is None until a first update; `offers` answers each transport offered
     (None: it can be used; else why not); `update` is who holds the engine, and until when. `spent` is the newest
-    version that each adapter's name ever had here: later ones must be higher, also after it was unloaded."""
+    version that each adapter's name ever had here: later ones must be higher, also after it was unloaded.
+    `adapter_dtype`: what it casts adapters to (None: nothing)."""
 
     engine: str
     model: str
@@ -36,6 +37,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     offers: dict[str, str | None] = {}
     adapters: list[dict[str, Any]] = []
     spent: dict[str, int] = {}
+    adapter_dtype: str | None = None
     receipt: EngineReceipt | None = None
 
     def next_version(self, adapter: str) -> int:

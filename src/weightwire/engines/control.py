@@ -105,6 +105,7 @@ class Control:
         """Whether new requests on this side may not find the adapters that the ranks have."""
         self._refreshing = asyncio.Lock()
         self._ended: set[str] = set()  # updates for which the engine stood still, that were committed from here
+        self._lone_adapter: str | None = None  # the last that was begun from here, if there is one rank
         self._sealed: tuple[str, float] | None = None  # the last adapter that was sealed from here, and until when
 
     async def status(self, offers: Sequence[str], timeout: float) -> EngineStatus:
@@ -127,6 +128,7 @@ class Control:
             offers={offer: next((r[offer] for r in refusals if r[offer]), None) for offer in offers},
             adapters=first["adapters"],
             spent=first["spent"],
+            adapter_dtype=first["adapter_dtype"],
             receipt=first["receipt"] and msgspec.convert(first["receipt"], EngineReceipt),
         )
 
@@ -161,6 +163,7 @@ class Control:
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
+        self._lone_adapter = id if manifest.adapter is not None and len(ranks) == 1 else None
         return Begun(id=id, ranks=len(ranks))
 
     async def stage(self, id: str, address: str, timeout: float) -> None:
@@ -175,10 +178,34 @@ class Control:
         ranks = await self._work("seal", timeout, id=id, digests=list(digests))
         self._sealed = (id, until) if ranks[0]["kind"] == "adapter" else None
 
-    async def commit(self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float) -> EngineReceipt:
+    async def commit(
+        self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float, digests: Sequence[str] | None = None
+    ) -> EngineReceipt:
+        """Make it live; with `digests`, seal it first. Once it is sealed, that the caller is gone does not break it
+        off: it either happened or it did not."""
         deadline = time.monotonic() + timeout
+        if digests is not None and id == self._lone_adapter:
+            return await self._commit_adapter(id, deadline, digests)
+        kind: str | None = None
+        if digests is not None:
+            # Both are in the engine's queue at once: the second is answered as soon as the first is.
+            hold = timeout + _CLEAN_UP_SECONDS
+            sealing = self._work("seal", timeout, hold=hold, id=id, digests=list(digests))
+            (first, *_), _ = await asyncio.gather(sealing, self._look(timeout))
+            kind = first["kind"]
+        return await asyncio.shield(self._commit(id, pause, keep_cache, deadline, kind))
+
+    async def _commit(
+        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float, kind: str | None
+    ) -> EngineReceipt:
+        """`kind`: of what was sealed just now; then every rank has answered what is asked first here."""
+        timeout = deadline - time.monotonic()
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
-        if self._is_sealed_adapter(id) or (await asyncio.gather(self._hold(id, timeout), self._look(timeout)))[0]:
+        if kind is None and self._is_sealed_adapter(id):
+            kind = "adapter"
+        if kind is None:
+            kind, _ = await asyncio.gather(self._hold(id, timeout), self._look(timeout))
+        if kind == "adapter":
             return await self._commit_adapter(id, deadline)
         try:
             parts, paused = await self._apply_at_once(id, pause, keep_cache, deadline)
@@ -208,22 +235,32 @@ class Control:
     async def _look(self, timeout: float) -> None:
         await self._in_time(self.host.before_pause(), timeout, "pause")
 
-    async def _hold(self, id: str, timeout: float) -> bool:
-        """Make sure that every rank has sealed this update: whether it is an adapter. From here on the lease cannot
+    async def _hold(self, id: str, timeout: float) -> str:
+        """Make sure that every rank has sealed this update, and of which kind it is. From here on the lease cannot
         end, since a pause may have to wait for long requests."""
         hold = timeout + _CLEAN_UP_SECONDS
         ranks = await self._all("poll", timeout, phase="commit", id=id, hold=hold)
         if any(rank["state"] != "sealed" for rank in ranks):
             raise StateError("this update is not sealed", engine=self.host.name, next_step="Seal it first.")
-        return bool(ranks[0]["kind"] == "adapter")
+        return str(ranks[0]["kind"])
 
-    async def _commit_adapter(self, id: str, deadline: float) -> EngineReceipt:
-        """All ranks have the revision in the engine. They keep it together, and only then do new requests find it."""
+    async def _commit_adapter(self, id: str, deadline: float, digests: Sequence[str] | None = None) -> EngineReceipt:
+        """All ranks have the revision in the engine. They keep it together, and only then do new requests find it. With
+        `digests` it is one rank, which seals it first, by the same question."""
         async with self._refreshing:
+            client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), "commit")
+            parts: list[Any] = [None]
+            if digests is not None:
+                try:
+                    left = deadline - time.monotonic()
+                    ranks = await self._work("seal", left, id=id, digests=list(digests), client=client)
+                finally:
+                    self.stale = True  # not before: while the rest is being fetched, requests need not wait
+                parts = [rank.get("committed") for rank in ranks]
             self.stale = True
             try:
-                client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), "commit")
-                parts = await self._all("commit", deadline - time.monotonic(), id=id, client=client)
+                if None in parts:
+                    parts = await self._all("commit", deadline - time.monotonic(), id=id, client=client)
             except BaseException:
                 await self._clean_up("abort", id=id, reason="another rank could not keep it")
                 raise
@@ -388,17 +425,21 @@ class Control:
 
     # -- asking every rank -----------------------------------------------------------------------------------------
 
-    async def _work(self, op: str, timeout: float, *, body: bytes | None = None, **arguments: Any) -> list[Any]:
+    async def _work(
+        self, op: str, timeout: float, *, body: bytes | None = None, hold: float = 0.0, **arguments: Any
+    ) -> list[Any]:
         """Start long work on every rank and wait for it: what each says at its end. What cannot be mended by calling
-        again aborts the update."""
+        again aborts the update. Its lease then lasts for another `hold` seconds at least."""
         id, deadline = arguments["id"], time.monotonic() + timeout
         try:
             wait = 0.001
-            ranks = await self._all(op, timeout, body=body, **arguments, **self._patience(op))
+            ranks = await self._all(op, timeout, body=body, **arguments, **self._patience(op, hold))
             while any(rank["busy"] for rank in ranks):
                 await asyncio.sleep(wait)
                 wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
-                ranks = await self._all("poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op))
+                ranks = await self._all(
+                    "poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op, hold)
+                )
             return ranks
         except (StateError, ManifestError, UpdateNotFound):
             raise
@@ -414,10 +455,10 @@ class Control:
         # Each question costs all processes on the way some time, of which the threads that do our work get less then.
         return _LINGER_SECONDS if self.host.idle else 0.0
 
-    def _patience(self, phase: str) -> dict[str, Any]:
+    def _patience(self, phase: str, hold: float) -> dict[str, Any]:
         """Arguments of `Receiver.poll`: how long it may take to answer, and how long the lease lasts from then on."""
         # While bytes arrive they keep the lease; while an engine makes ready, whoever waits for it here does.
-        return {"linger": self._linger, "hold": _CLEAN_UP_SECONDS if phase == "seal" else 0.0}
+        return {"linger": self._linger, "hold": max(hold, _CLEAN_UP_SECONDS if phase == "seal" else 0.0)}
 
     async def _all(
         self, op: str, timeout: float, *, phase: str | None = None, body: bytes | None = None, **arguments: Any

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, TypeVar
 
 from weightwire.engines.base import Begun, EngineStatus, KeepCache, Pause
 from weightwire.engines.control import Control, Host
-from weightwire.errors import DeadlineError, UsageError, WeightwireError
+from weightwire.errors import DeadlineError, UsageError
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt
 
@@ -59,14 +58,7 @@ class LocalEngine:
     def commit(
         self, id: str, *, digests: Sequence[str] | None = None, pause: Pause, keep_cache: KeepCache, timeout: float
     ) -> EngineReceipt:
-        end = time.monotonic() + timeout
-        if digests is not None:
-            try:
-                self.seal(id, digests, timeout=timeout)
-            except WeightwireError as error:
-                raise error.at(phase="seal") from None
-            timeout = end - time.monotonic()
-        return self._run(lambda: self._control.commit(id, pause, keep_cache, timeout), timeout)
+        return self._run(lambda: self._control.commit(id, pause, keep_cache, timeout, digests), timeout)
 
     def abort(self, id: str, *, timeout: float) -> None:
         self._run(lambda: self._control.abort(id, timeout), timeout)

@@ -10,7 +10,6 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
@@ -150,11 +149,8 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
     @route("POST", "/updates/{id}/commit", body=CommitBody, reply=EngineReceipt)
     async def commit(request: Request, control: Control, data: bytes) -> EngineReceipt:
         """Make it live; with digests, seal it first."""
-        body, id, end = _parsed(data, CommitBody), _id(request), time.monotonic() + _seconds(request)
-        if body.digests is not None:
-            await control.seal(id, body.digests, end - time.monotonic())
-        # A commit is not broken off when the trainer hangs up: it either happened or it did not.
-        return await asyncio.shield(control.commit(id, body.pause, body.keep_cache, end - time.monotonic()))
+        body = _parsed(data, CommitBody)
+        return await control.commit(_id(request), body.pause, body.keep_cache, _seconds(request), body.digests)
 
     @route("DELETE", "/updates/{id}", status=204)
     async def abort(request: Request, control: Control, _: bytes) -> None:

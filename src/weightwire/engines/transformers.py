@@ -44,6 +44,8 @@ __all__ = ["ModuleTarget", "TransformersEngine"]
 class ModuleTarget:
     """The `Target` port for a module whose state is plain CPU or GPU tensors under checkpoint names."""
 
+    adapter_dtype = None
+
     def __init__(self, adapters: ModuleAdapters) -> None:
         self._adapters = adapters
 

@@ -65,6 +65,8 @@ class Choice:
     reasons: Mapping[str, str | None] = field(default_factory=dict)
     ranks: int = 1
     """How many ranks the engine has."""
+    adapter_dtype: str | None = None
+    """The dtype to which the engine casts LoRA adapters."""
 
     @property
     def usable(self) -> list[str]:

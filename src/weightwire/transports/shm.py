@@ -4,6 +4,9 @@ A sender owns two segments in /dev/shm. To send a bucket it hard-links the segme
 made of the update's id, which the engine chose; a reader maps it, uses it, and removes its name. A segment whose link
 count is back to one has been read by all and is filled again. So the file system does the flow control: no counters
 in shared memory, and whoever dies, the names left are few, known, and swept by the other side.
+
+To map a page takes longer than to copy it. So of a small update each bucket is a segment of its own, which is written
+and read once and never mapped, and nothing is waited for.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _PREFIX = "weightwire"
 _ADDRESS = "shm:"
 _LEAST_BUCKET = 256 << 10
 _OVERLAPPING = 8
+_SMALL_UPDATE = 32 << 20
+_SMALL_BUCKET = _SMALL_UPDATE // _OVERLAPPING
 _FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
 
 
@@ -69,6 +74,9 @@ class Shm:
         return stat.f_bavail * stat.f_frsize // 3 // mmap.PAGESIZE * mmap.PAGESIZE
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
+        nbytes = sum(bucket.nbytes for bucket in buckets)
+        if nbytes <= min(_SMALL_UPDATE, self.room()):
+            return _OnceSender(self._root, links, wait)
         return _Sender(self._root, links, max((b.nbytes for b in buckets), default=0), wait)
 
     def close(self) -> None:
@@ -147,6 +155,60 @@ class _Sender:
             sweep(link.update, self._root)
 
 
+class _OnceSender:
+    """A segment for each bucket."""
+
+    def __init__(self, root: Path, links: Sequence[Link], wait: Wait) -> None:
+        self.addresses: list[str | None] = [_ADDRESS] * len(links)
+        self._root = root
+        self._links = links
+        self._wait = wait
+        self._data = torch.empty(0, dtype=torch.uint8)
+        self._unread: list[Path] = []
+
+    def buffer(self, bucket: Bucket) -> torch.Tensor:
+        if self._data.numel() < bucket.nbytes:
+            self._data = torch.empty(bucket.nbytes, dtype=torch.uint8)
+        return self._data[: bucket.nbytes]
+
+    def send(self, bucket: Bucket) -> None:
+        # Under its own name until it is whole.
+        path = self._root / f"{_PREFIX}-{self._links[0].update}-segment"
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            try:
+                _write(fd, self._data[: bucket.nbytes].numpy().data)
+                for link in self._links:
+                    for rank in range(link.ranks):
+                        self._unread.append(_name(self._root, link.update, bucket.index, rank))
+                        os.link(path, self._unread[-1])
+            finally:
+                os.close(fd)
+                path.unlink(missing_ok=True)
+        except FileNotFoundError:
+            self._wait(lambda: False, "the engine to say why it ended the update")  # as in `_Sender.send`
+        except OSError as error:
+            raise TransportError(f"no room for {bucket.nbytes} bytes in {self._root}: {error}") from error
+
+    def finish(self) -> None:
+        self._wait(self._all_read, "the last buckets to be read")
+
+    def _all_read(self) -> bool:
+        while self._unread and not self._unread[-1].exists():
+            self._unread.pop()
+        return not self._unread
+
+    def close(self) -> None:
+        self._data = torch.empty(0, dtype=torch.uint8)
+        for link in self._links:
+            sweep(link.update, self._root)
+
+
+def _write(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
 def probe(offer: str, root: Path = ROOT) -> str | None:
     """None when this process sees the trainer's shared memory, else why not."""
     name, _, secret = offer.partition(":")[2].partition("-")
@@ -167,19 +229,25 @@ def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple
         )
     # The same two segments come again and again; mapping each anew would cost more than reading it.
     mapped: dict[int, torch.Tensor] = {}
+    small = torch.empty(min(max((b.nbytes for b in arrivals.buckets), default=0), _SMALL_BUCKET), dtype=torch.uint8)
     try:
         for bucket in arrivals.buckets:
             path = _name(root, arrivals.update, bucket.index, arrivals.rank)
             fd = _open(path, arrivals)
             try:
-                inode = os.fstat(fd).st_ino
-                if inode not in mapped:
-                    mapped[inode] = _map(fd)
+                stat = os.fstat(fd)
+                if stat.st_size < bucket.nbytes:
+                    raise TransportError(f"a segment holds {stat.st_size} bytes, {bucket.nbytes} were announced")
+                if bucket.nbytes <= small.numel():
+                    data = small
+                    _read(fd, small[: bucket.nbytes].numpy().data)
+                else:
+                    if stat.st_ino not in mapped:
+                        mapped[stat.st_ino] = _map(fd)
+                    data = mapped[stat.st_ino]
             finally:
                 os.close(fd)
-            if mapped[inode].numel() < bucket.nbytes:
-                raise TransportError(f"a segment holds {mapped[inode].numel()} bytes, {bucket.nbytes} were announced")
-            yield bucket.index, mapped[inode][: bucket.nbytes]
+            yield bucket.index, data[: bucket.nbytes]
             path.unlink(missing_ok=True)
     finally:
         if arrivals.cancelled.is_set():
@@ -205,6 +273,13 @@ def _open(path: Path, arrivals: Arrivals) -> int:
             if time.monotonic() - silent_since > arrivals.lease:
                 raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s") from None
             pause = min(pause * 1.5, 0.0005)
+
+
+def _read(fd: int, to: memoryview) -> None:
+    while to:
+        if not (count := os.readv(fd, [to])):
+            raise TransportError(f"a segment ends {len(to)} bytes before it should")
+        to = to[count:]
 
 
 def _map(fd: int) -> torch.Tensor:

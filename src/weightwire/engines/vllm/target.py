@@ -133,6 +133,10 @@ class VllmTarget:
             raise _nothing_to_start_from()
         return DeviceDelta(manifest, plan[1], self._live(), self._worker.device, held)
 
+    @property
+    def adapter_dtype(self) -> str | None:
+        return self.adapters.dtype
+
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         self._refuse_replicas()
         return self.adapters.prepare(manifest, revision)
