@@ -13,10 +13,11 @@ import torch
 
 from weightwire.errors import TransportError
 
-__all__ = ["close_handle", "handle_of", "open_handle", "range_of", "uuid_of"]
+__all__ = ["close_handle", "handle_of", "number_of", "open_handle", "range_of", "uuid_of"]
 
 HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID
 
 
 class _Handle(ctypes.Structure):
@@ -28,6 +29,13 @@ def range_of(address: int) -> tuple[int, int]:
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     _call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
     return base.value, size.value
+
+
+def number_of(address: int) -> int:
+    """The number of the allocation that holds `address`, which no other of this process ever has."""
+    number = ctypes.c_uint64()
+    _call("cuPointerGetAttribute", ctypes.byref(number), ctypes.c_int(_BUFFER_ID), ctypes.c_uint64(address))
+    return number.value
 
 
 def handle_of(base: int) -> bytes:

@@ -46,6 +46,7 @@ class CudaIpc:
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
+        self._last = _Known()
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:
@@ -77,21 +78,49 @@ class CudaIpc:
         pass
 
     def _address(self, tensors: Sequence[torch.Tensor]) -> str:
+        # Mostly what it was at the last update. Of hundreds of tensors, to see that their allocations are the same
+        # takes less than to ask for each of them where its allocation begins.
+        with torch.cuda.device(tensors[0].device):
+            if not self._last.holds(tensors):
+                self._last = _Known(tensors)
+        return self._last.address
+
+
+class _Known:
+    """The address of these tensors, all of one GPU, the current one."""
+
+    def __init__(self, tensors: Sequence[torch.Tensor] = ()) -> None:
+        self.address = ""
+        self._places = _places(tensors)
         numbers: dict[int, int] = {}
         allocations: list[tuple[bytes, int]] = []
         places: list[tuple[int, int]] = []
-        with torch.cuda.device(tensors[0].device):
-            for tensor in tensors:
-                if not tensor.numel():
-                    places.append((0, 0))
-                    continue
-                base, size = cuda_driver.range_of(tensor.data_ptr())
-                if base not in numbers:
-                    numbers[base] = len(allocations)
-                    allocations.append((cuda_driver.handle_of(base), size))
-                places.append((numbers[base], tensor.data_ptr() - base))
-        lent = _Lent(gpu=cuda_driver.uuid_of(tensors[0].device), allocations=allocations, tensors=places)
-        return f"cuda-ipc:{base64.b64encode(msgspec.msgpack.encode(lent)).decode()}"
+        for address, nbytes in self._places:
+            if not nbytes:
+                places.append((0, 0))
+                continue
+            base, size = cuda_driver.range_of(address)
+            if base not in numbers:
+                numbers[base] = len(allocations)
+                allocations.append((cuda_driver.handle_of(base), size))
+            places.append((numbers[base], address - base))
+        self._allocations = {base: cuda_driver.number_of(base) for base in numbers}
+        if tensors:
+            lent = _Lent(gpu=cuda_driver.uuid_of(tensors[0].device), allocations=allocations, tensors=places)
+            self.address = f"cuda-ipc:{base64.b64encode(msgspec.msgpack.encode(lent)).decode()}"
+
+    def holds(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether these lie just there, and in the same allocations: others may have come to be at their addresses."""
+        if self._places != _places(tensors):
+            return False
+        try:
+            return all(cuda_driver.number_of(base) == number for base, number in self._allocations.items())
+        except TransportError:
+            return False  # nothing begins there any more
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[int, int]]:
+    return [(tensor.data_ptr(), tensor.nbytes) for tensor in tensors]
 
 
 # An allocation cannot be opened by the process that made it, so what a process lends to itself is found here.
