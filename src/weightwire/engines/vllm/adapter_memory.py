@@ -74,8 +74,7 @@ class SpareMemory:
 
     def keep(self, memory: AdapterMemory) -> None:
         """Take it back. What was kept before is let go of."""
-        if memory.device.type == "cpu":
-            self._kept = [memory]
+        self._kept = [memory]
 
     def take(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> AdapterMemory:
         """Memory for these matrices, whatever it holds."""

@@ -109,7 +109,8 @@ class AdapterStore:
 
         self._sent[revision.id] = (tensors, binding.helper)
         self._built[revision.id] = built
-        self._memory[revision.id] = memory
+        if memory.device.type == "cpu":  # of a GPU's, only copies on the host are left after the commit
+            self._memory[revision.id] = memory
         with binding.filling() as given:
             self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
         slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
