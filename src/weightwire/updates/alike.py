@@ -16,8 +16,8 @@ __all__ = ["alike"]
 
 def alike(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
     """Whether each of `ones` is equal to its counterpart bit for bit: as many, of the same dtypes and numbers of
-    elements, all on one device; on a GPU all of one dtype. By one call: for hundreds of small tensors, a call for each takes longer than their
-    bytes.
+    elements, all on one device, and on a GPU of one dtype. By one call: for hundreds of small tensors, a call for each
+    takes longer than their bytes.
 
     >>> zeros = torch.zeros(3)
     >>> alike([zeros, zeros], [zeros.clone(), zeros.clone()]), alike([zeros], [-zeros])
