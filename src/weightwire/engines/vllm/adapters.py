@@ -245,8 +245,9 @@ class _Binding:
             for module in noting.values():
                 module.__dict__.pop("set_lora", None)
         places, parts = [], []
+        filled = {number: self._slot(number) for number in set(slots.values())}
         for name, matrices in given.items():
-            for place, part in zip(self._slot(slots[name]).places[name], matrices, strict=True):
+            for place, part in zip(filled[slots[name]].places[name], matrices, strict=True):
                 if part is None or part.shape != place.shape[1:]:
                     place.zero_()  # of what the adapter before has left beside a smaller one
                 if part is not None:
