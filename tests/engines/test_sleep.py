@@ -111,3 +111,12 @@ def test_an_engine_that_slept_before_is_known_by_its_allocator(monkeypatch: pyte
     assert not refused(sleep)
     allocator.instance = None
     assert not refused(watched(Worker())[0])
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", ["let go", 1, "let go", 2]), ("cpu", [1, 2])])
+def test_what_is_only_kept_is_let_go_of_before_memory_is_freed(device: str, expected: list[Any]) -> None:
+    worker = Worker(device)
+    Sleep(worker, lambda reason: None, lambda: worker.calls.append("let go"))
+    worker.sleep(level=1)
+    worker.sleep(level=2)
+    assert worker.calls == expected

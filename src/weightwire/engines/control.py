@@ -251,9 +251,10 @@ class Control:
             client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), "commit")
             parts: list[Any] = [None]
             if digests is not None:
+                linger = 4 * self._linger  # worth it: else the commit is another question
                 try:
                     left = deadline - time.monotonic()
-                    ranks = await self._work("seal", left, id=id, digests=list(digests), client=client)
+                    ranks = await self._work("seal", left, id=id, digests=list(digests), client=client, linger=linger)
                 finally:
                     self.stale = True  # not before: while the rest is being fetched, requests need not wait
                 parts = [rank.get("committed") for rank in ranks]
@@ -433,7 +434,7 @@ class Control:
         id, deadline = arguments["id"], time.monotonic() + timeout
         try:
             wait = 0.001
-            ranks = await self._all(op, timeout, body=body, **arguments, **self._patience(op, hold))
+            ranks = await self._all(op, timeout, body=body, **{**self._patience(op, hold), **arguments})
             while any(rank["busy"] for rank in ranks):
                 await asyncio.sleep(wait)
                 wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)

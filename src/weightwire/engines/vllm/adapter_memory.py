@@ -59,8 +59,8 @@ class AdapterMemory:
 
 
 class SpareMemory:
-    """Of an adapter that was dropped, kept for the next one: on a CPU, memory that is new takes longer to be touched
-    first than to be filled. Any thread may call.
+    """Of an adapter that was dropped or is elsewhere by now, kept for the next one: to lay it out takes longer than to
+    fill it, and on a CPU so does touching what is new. Any thread may call.
 
     >>> spare, specs = SpareMemory(), [TensorSpec(name="q.lora_A.weight", dtype="float32", shape=(2, 4))]
     >>> first = spare.take(specs, torch.float32, torch.device("cpu"))
@@ -75,6 +75,10 @@ class SpareMemory:
     def keep(self, memory: AdapterMemory) -> None:
         """Take it back. What was kept before is let go of."""
         self._kept = [memory]
+
+    def clear(self) -> None:
+        """Let go of what is kept."""
+        self._kept = []
 
     def take(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> AdapterMemory:
         """Memory for these matrices, whatever it holds."""

@@ -37,6 +37,7 @@ from weightwire.updates.receipt import Proof
 __all__ = ["AdapterStore", "path_of"]
 
 _SCHEME = "weightwire:"
+_LOAD_SECONDS = 60.0
 
 
 def path_of(revision: Revision) -> str:
@@ -54,7 +55,7 @@ class AdapterStore:
 
     def __init__(self, worker: Any, enter_thread: Callable[[], None] = lambda: None) -> None:
         self._worker = worker
-        self._sent: dict[int, tuple[dict[str, torch.Tensor], Any]] = {}
+        self._sent: dict[int, Future[tuple[dict[str, torch.Tensor], Any]]] = {}
         self._built: dict[int, Any] = {}
         self._memory: dict[int, AdapterMemory] = {}
         self.spare = SpareMemory()
@@ -98,7 +99,6 @@ class AdapterStore:
     def enter(
         self,
         revision: Revision,
-        tensors: dict[str, torch.Tensor],
         binding: _Binding,
         built: Any,
         memory: AdapterMemory,
@@ -107,7 +107,6 @@ class AdapterStore:
         are parts of."""
         from vllm.lora.request import LoRARequest
 
-        self._sent[revision.id] = (tensors, binding.helper)
         self._built[revision.id] = built
         if memory.device.type == "cpu":  # of a GPU's, only copies on the host are left after the commit
             self._memory[revision.id] = memory
@@ -115,6 +114,11 @@ class AdapterStore:
             self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
         slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
         return binding.read_back(slots.index(revision.id), given, self.beside)
+
+    def keep(self, revision: Revision, sent: Callable[[], tuple[dict[str, torch.Tensor], Any]]) -> None:
+        """Hold a revision that has entered, for when vLLM asks for it again: what was sent, and PEFT's helper of it,
+        found out beside the engine's own thread."""
+        self._sent[revision.id] = self.beside.submit(sent)
 
     def _find_manager(self) -> Any:
         if self._manager is None:
@@ -138,7 +142,7 @@ class AdapterStore:
             return built
         if request.lora_int_id not in self._sent:
             raise EngineError(f"{request.lora_path} is held no more")
-        tensors, helper = self._sent[request.lora_int_id]
+        tensors, helper = self._sent[request.lora_int_id].result(_LOAD_SECONDS)
         # vLLM scales each B in place, and what was sent may be asked for again.
         own = {name: tensor if is_a(name) else tensor.clone() for name, tensor in tensors.items()}
         return build(manager, request.lora_int_id, own, helper)
@@ -377,24 +381,33 @@ class _Staged(StagedAdapter):
         built, self._built = self._built, None
         memory = self._early.result()
         self._on_host.wait_for_device()
-        kept = {name: self._on_host.of(tensor) for name, tensor in memory.sent.items()}
-        self._proof, self._held = self._store.enter(self._revision, kept, self._binding, built, memory)
+        self._proof, self._held = self._store.enter(self._revision, self._binding, built, memory)
         self._loras = built.loras
         return True
 
     def commit(self) -> None:
-        # What vLLM caches is for host memory, too.
-        self._on_host.wait()
-        for lora in self._loras.values():
-            for which in ("lora_a", "lora_b"):
-                setattr(lora, which, self._on_host.of_all(getattr(lora, which)))
+        # It is in its slot. Its way to the host may take longer than all before, and nobody need wait for that.
+        memory, helper, spare = self._early.result(), self._binding.helper, self._store.spare
+        on_host, loras, self._on_host = self._on_host, self._loras, _OnHost([])
+
+        def move() -> tuple[dict[str, torch.Tensor], Any]:
+            on_host.wait()
+            sent = {name: on_host.of(tensor) for name, tensor in memory.sent.items()}
+            for lora in loras.values():  # what vLLM caches is for host memory, too
+                for which in ("lora_a", "lora_b"):
+                    setattr(lora, which, on_host.of_all(getattr(lora, which)))
+            if memory.device.type != "cpu":
+                spare.keep(memory)
+            return sent, helper
+
+        self._store.keep(self._revision, move)
 
     def proof(self) -> dict[str, Proof]:
         return self._proof
 
     def discard(self) -> None:
         super().discard()
-        self._on_host.wait()
+        self._on_host.wait()  # unless it was committed: then others do
         self._on_host, self._loras = _OnHost([]), {}
         self._lent.clear()
         self._built = None

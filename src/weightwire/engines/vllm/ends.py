@@ -37,7 +37,7 @@ class Ends:
             rank=worker.rank,
             keep=keep,
         )
-        self.sleep = Sleep(worker, self.receiver.poison)
+        self.sleep = Sleep(worker, self.receiver.poison, self.target.adapters.spare.clear)
 
     def handle(self, op: str, arguments: bytes, body: bytes | None = None) -> bytes:
         """`Receiver.handle`, which an engine that sleeps does not get to do."""

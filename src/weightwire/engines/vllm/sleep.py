@@ -18,10 +18,13 @@ _TAGS = frozenset({"weights", "kv_cache"})
 
 
 class Sleep:
-    """The sleep of one worker. `discarded` is called with a reason when its weights are lost by it (level 2)."""
+    """The sleep of one worker. `discarded` is called with a reason when its weights are lost by it (level 2), `let_go`
+    whenever it is to free GPU memory."""
 
-    def __init__(self, worker: Any, discarded: Callable[[str], None]) -> None:
-        self._discarded = discarded
+    def __init__(
+        self, worker: Any, discarded: Callable[[str], None], let_go: Callable[[], None] = lambda: None
+    ) -> None:
+        self._discarded, self._let_go = discarded, let_go
         self._frees = worker.device.type != "cpu"  # a CPU worker is told to sleep, and keeps everything
         self._asleep = _asleep_already()
         self._sleep, self._wake_up = worker.sleep, worker.wake_up
@@ -42,6 +45,8 @@ class Sleep:
 
     def _noted_sleep(self, level: int = 1, **more: Any) -> Any:
         self._asleep = _TAGS  # before it begins: what fails half-way has not been left awake
+        if self._frees:
+            self._let_go()
         if level >= 2 and self._frees:
             self._discarded(f"sleep(level={level}) discarded the weights")
         return self._sleep(level=level, **more)
