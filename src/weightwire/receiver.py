@@ -34,6 +34,7 @@ from weightwire.errors import (
     PoisonedError,
     RoomError,
     StateError,
+    UnsupportedError,
     UpdateNotFound,
     UsageError,
     VerificationError,
@@ -258,6 +259,11 @@ class Receiver:
             )
         if manifest.adapter is None:
             return None
+        if manifest.adapter.cast not in (None, here := self._target.adapter_dtype):
+            raise UnsupportedError(
+                f"the adapter was cast to {manifest.adapter.cast}, and this engine holds adapters in {here or 'any'}",
+                next_step="Publish again: the trainer then asks for that anew.",
+            )
         return self._revisions.open(manifest.adapter.name, manifest.version, id)
 
     def _check_version(self, manifest: Manifest) -> None:

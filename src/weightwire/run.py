@@ -129,9 +129,8 @@ class Run:
         config = getattr(self._source, "lora", None)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
-        self._reading = reading = Reading(
-            self._source, specs, parts=baseline is not None, dtype=self._cast_to() if config is not None else None
-        )
+        cast = None if config is None else self._cast_to()
+        self._reading = reading = Reading(self._source, specs, parts=baseline is not None, dtype=cast)
         self._decide(whole=config is None and not partial and staging == "copy", finite=finite)
         encoded = time.perf_counter()
         draft = Manifest(
@@ -139,7 +138,9 @@ class Run:
             kind="adapter" if config is not None else "delta" if self.of_deltas else "dense",
             base_version=self._route.base,
             encoded=tuple(delta.nbytes for delta in self._route.deltas or ()),
-            adapter=None if config is None else Adapter(name=check_name(str(self._means.adapter)), config=dict(config)),
+            adapter=None
+            if config is None
+            else Adapter(name=check_name(str(self._means.adapter)), config=dict(config), cast=cast),
             tensors=reading.specs,
             aliases=dict(self._source.aliases),
             partial=partial,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import peft
 import pytest
 import torch
@@ -190,15 +189,25 @@ def test_what_an_engine_would_cast_is_sent_cast(
         assert equal(outputs(model), expected)
 
 
+def test_an_engine_that_casts_otherwise_than_it_did_takes_nothing_that_was_cast_for_it(
+    served: Any, folder_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, engine = served()
+    monkeypatch.setattr(ModuleTarget, "adapter_dtype", "bfloat16")
+    with ww.Publisher(folder_of(1), engine) as publisher:
+        narrow = publisher.publish(1)
+        monkeypatch.setattr(ModuleTarget, "adapter_dtype", "float32")
+        with pytest.raises(ww.UnsupportedError, match=r"cast to bfloat16, .* in float32.*Publish again"):
+            publisher.publish(2)
+        assert publisher.publish(2).nbytes == 2 * narrow.nbytes
+
+
 def test_engines_that_cast_to_different_dtypes_are_sent_what_there_is(
     served: Any, folder_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines = [served()[1] for _ in range(2)]
     engines[1].name = "there"
-    status = engines[0].status
-    monkeypatch.setattr(
-        engines[0], "status", lambda *a, **k: msgspec.structs.replace(status(*a, **k), adapter_dtype="bfloat16")
-    )
+    monkeypatch.setattr(engines[0]._host.receiver._target, "adapter_dtype", "bfloat16")
     whole = ww.Publisher(folder_of(1), engines[1]).publish(1)
     assert ww.Publisher(folder_of(1), engines).publish(2).nbytes == whole.nbytes
     assert ww.Publisher(folder_of(1), engines[0]).publish(3).nbytes * 2 == whole.nbytes

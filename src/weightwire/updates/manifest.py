@@ -66,10 +66,12 @@ AdapterName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\
 
 
 class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What makes an update one of a LoRA adapter: the name it is served under, and PEFT's config as plain data."""
+    """What makes an update one of a LoRA adapter: the name it is served under, and PEFT's config as plain data. `cast`:
+    the dtype to which the trainer has cast what was wider, as the engine would have."""
 
     name: AdapterName
     config: dict[str, Any]
+    cast: str | None = None
 
 
 Staging = Literal["copy", "lent", "none"]

@@ -35,6 +35,7 @@ class AdapterMemory:
         """What is sent, by its number, in one dimension."""
         self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
         """The pieces that `sent` and `given` are parts of: of A, which are one, and of B."""
+        self._free: torch.cuda.Event | None = None
         self._lay_out()
         self._uses = self._count()
 
@@ -48,6 +49,15 @@ class AdapterMemory:
                 spec, self.rows[number] = self.specs[number], part
                 self.sent[spec.name], self.given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
             self.flat.append((flat, own))
+
+    def free_after(self, stream: torch.cuda.Stream | None) -> None:
+        """Not to be written before what `stream` has been given to do by now is done."""
+        self._free = None if stream is None else stream.record_event()
+
+    def wait_until_free(self) -> None:
+        """Have the current stream wait for that."""
+        if self._free is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._free)
 
     def fits(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether another adapter's matrices would lie just so, and nobody else has any of it."""

@@ -329,7 +329,15 @@ class _Staged(StagedAdapter):
         # Each is held here, and by vLLM besides.
         self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
         where = (manifest.tensors, dtype, torch.device(binding.manager.device))
-        self._early = store.beside.submit(store.spare.take, *where)
+        stream = torch.cuda.current_stream(where[2]) if where[2].type == "cuda" else None
+
+        def take() -> AdapterMemory:
+            memory = store.spare.take(*where)
+            # vLLM may have it copy into a slot still what lay there before, though nobody refers to that any more.
+            memory.free_after(stream)
+            return memory
+
+        self._early = store.beside.submit(take)
         self._building = store.beside.submit(lambda: self._build(self._early.result().given))
 
     def _build(self, given: dict[str, torch.Tensor]) -> Any:
@@ -339,11 +347,12 @@ class _Staged(StagedAdapter):
         return build(self._binding.manager, self._revision.id, own, self._binding.helper)
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        rows = self._early.result().rows
+        memory = self._early.result()
+        memory.wait_until_free()
         to, parts = [], []
         for number, start, count, offset in bucket.pieces:
             dtype = getattr(torch, self._specs[number].dtype)
-            to.append(rows[number][start : start + count])
+            to.append(memory.rows[number][start : start + count])
             parts.append(data[offset : offset + count * dtype.itemsize].view(dtype))
         torch._foreach_copy_(to, parts)
 
@@ -356,6 +365,7 @@ class _Staged(StagedAdapter):
     def seal(self, scans: Sequence[Scan]) -> None:
         memory, built = self._early.result(), self._building.result()
         if self._lent:
+            memory.wait_until_free()
             torch._foreach_copy_([memory.rows[number] for number, _ in self._lent], [data for _, data in self._lent])
             self._lent.clear()
         # What arrived is checked as it arrives; what it became here may not be finite.
