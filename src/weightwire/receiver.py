@@ -379,6 +379,8 @@ class Receiver:
                     f"poisoned since this update was begun ({self._poisoned}), and it cannot heal that",
                     next_step="Publish a complete update.",
                 )
+            if client is not None:
+                _check_client(**client)
             update.cancelled.set()  # the lease no longer counts
             started = time.perf_counter()
             try:
@@ -494,8 +496,7 @@ class Receiver:
             return listed
 
     def _listed(self, client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> list[Revision]:
-        if not 0 <= client < clients <= _MAX_CLIENTS:
-            raise StateError(f"client {client} of {clients}")
+        _check_client(client, clients, in_use)
         self._revisions.report(client, clients, in_use)
         self._dropped += self._revisions.free()
         return self._revisions.listed()
@@ -764,6 +765,11 @@ class Receiver:
         self._ended[id] = reason
         while len(self._ended) > 64:
             del self._ended[next(iter(self._ended))]
+
+
+def _check_client(client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> None:
+    if not 0 <= client < clients <= _MAX_CLIENTS:
+        raise StateError(f"client {client} of {clients}")
 
 
 @contextlib.contextmanager

@@ -154,7 +154,8 @@ class FakeHost:
         return list(await asyncio.gather(*calls))
 
     async def before_pause(self) -> None:
-        pass
+        await self._hook("look")
+        self.log.append("look")
 
     async def pause(self, mode: str, keep_cache: Any) -> None:
         await self._hook("pause")
@@ -222,6 +223,23 @@ async def heals(control: Control, host: FakeHost, version: int) -> None:
 
 
 # -- what goes well ------------------------------------------------------------------------------------------------
+
+
+def test_what_was_seen_while_the_rest_was_fetched_is_looked_at_again(host: FakeHost) -> None:
+    async def run() -> Any:
+        control = Control(host)
+        id = (await control.begin(manifest_of(7), "trainer", SECONDS, SECONDS, "late:7")).id
+        committing = asyncio.ensure_future(control.commit(id, "keep", False, SECONDS, digests_of(7)))
+        while host.log.count("poll") < 2:
+            await asyncio.sleep(0.01)
+        assert host.log.count("look") == 1
+        host.sent.set()
+        return await committing
+
+    asyncio.run(run())
+    before = host.log[: host.log.index("pause keep False")]
+    assert before.count("look") == 2
+    assert before[-2:] in (["poll", "look"], ["look", "poll"])
 
 
 def test_a_lease_does_not_end_in_a_commit_that_seals_and_has_to_wait(host: FakeHost) -> None:

@@ -120,7 +120,7 @@ def test_a_small_update_waits_for_nobody_until_its_end(root: Path, ranks: int) -
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in root.iterdir())
     sender.finish()
     assert asked == ["the last buckets to be read"]
-    assert list(root.iterdir()) == []
+    assert [path.stat().st_size for path in root.iterdir()] == [0]  # the sign that the update goes on
     sender.close()
 
 
@@ -131,8 +131,33 @@ def test_what_nobody_reads_goes_with_the_sender(root: Path) -> None:
     for bucket in buckets:
         sender.buffer(bucket).fill_(1)
         sender.send(bucket)
-    assert len(list(root.iterdir())) == 4
+    assert len(list(root.iterdir())) == 5
     sender.close()
+
+
+def test_a_small_update_is_broken_off_by_the_first_bucket_after_an_engine_swept_its_names(root: Path) -> None:
+    buckets = buckets_of(300, 5000, 300)
+    links = [Link(engine=name, update=name * 32, ranks=1, put=lambda *_: None) for name in "ab"]
+
+    def refuse(ready: Callable[[], bool], what: str) -> None:
+        raise TransportError(what)
+
+    sender = shm.Shm(root).sender(links, buckets, refuse, SECONDS)
+    sender.buffer(buckets[0])
+    sender.send(buckets[0])
+    shm.sweep("b" * 32, root)
+    sender.buffer(buckets[1])
+    with pytest.raises(TransportError, match="to say why it ended"):
+        sender.send(buckets[1])
+    assert list(root.iterdir()) == []
+    sender.close()
+
+
+def test_a_root_that_takes_nothing_is_an_error_that_leaves_nothing(root: Path) -> None:
+    (root / f"weightwire-{'b' * 32}-sign").touch()
+    links = [Link(engine=name, update=name * 32, ranks=1, put=lambda *_: None) for name in "ab"]
+    with pytest.raises(TransportError, match="nothing can be put into"):
+        shm.Shm(root).sender(links, buckets_of(300), wait, SECONDS)
 
 
 def test_an_engine_that_has_swept_its_names_is_asked_why(root: Path, large: None) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightwire.errors import ManifestError
-from weightwire.updates.manifest import DTYPES, MAX_BUCKET_BYTES, Manifest, TensorSpec, decode_manifest
+from weightwire.updates.manifest import DTYPES, MAX_BUCKET_BYTES, Adapter, Manifest, TensorSpec, decode_manifest
 
 W = {"name": "layer.w", "dtype": "float32", "shape": [2, 3]}
 PLAIN = {"version": 1, "tensors": [W]}
@@ -210,3 +210,10 @@ def test_a_manifest_made_in_python_is_checked_by_asking():
     twice = TensorSpec(name="w", dtype="int8", shape=(1,))
     with pytest.raises(ManifestError, match="'w'"):
         Manifest(version=1, tensors=(twice, twice)).check()
+
+
+def test_an_older_engine_is_told_nothing_that_it_does_not_know() -> None:
+    plain = msgspec.json.decode(msgspec.json.encode(Adapter(name="policy", config={})))
+    assert plain == {"name": "policy", "config": {}}
+    cast = Adapter(name="policy", config={}, cast="bfloat16")
+    assert msgspec.json.decode(msgspec.json.encode(cast), type=Adapter) == cast

@@ -181,18 +181,19 @@ class Control:
     async def commit(
         self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float, digests: Sequence[str] | None = None
     ) -> EngineReceipt:
-        """Make it live; with `digests`, seal it first. Once it is sealed, that the caller is gone does not break it
-        off: it either happened or it did not."""
+        """Make it live; with `digests`, seal it first. That the caller is gone breaks it off as long as it is being
+        sealed, and what is one question with that is undone; from then on not: it either happened or it did not."""
         deadline = time.monotonic() + timeout
-        if digests is not None and id == self._lone_adapter:
+        if digests is not None and id == self._lone_adapter and await self._is_only_client(timeout):
             return await self._commit_adapter(id, deadline, digests)
         kind: str | None = None
         if digests is not None:
-            # Both are in the engine's queue at once: the second is answered as soon as the first is.
+            # Both are in the engine's queue at once: the second is answered as soon as the first is. Where that has to
+            # be asked again, what the second said is old by then.
             hold = timeout + _CLEAN_UP_SECONDS
             sealing = self._work("seal", timeout, hold=hold, id=id, digests=list(digests))
             (first, *_), _ = await asyncio.gather(sealing, self._look(timeout))
-            kind = first["kind"]
+            kind = first["kind"] if "committed" in first else None
         return await asyncio.shield(self._commit(id, pause, keep_cache, deadline, kind))
 
     async def _commit(
@@ -228,6 +229,10 @@ class Control:
         await self._record(id, receipt)
         return receipt
 
+    async def _is_only_client(self, timeout: float) -> bool:
+        """Whether no other API server has to find out about adapters: each of its requests waits while they change."""
+        return bool((await self._in_time(self.host.in_use(), timeout, "seal")).get("clients", 1) == 1)
+
     def _is_sealed_adapter(self, id: str) -> bool:
         """Whether it was sealed from here a moment ago, so that every rank still holds it."""
         return self._sealed is not None and self._sealed[0] == id and time.monotonic() < self._sealed[1]
@@ -248,7 +253,8 @@ class Control:
         """All ranks have the revision in the engine. They keep it together, and only then do new requests find it. With
         `digests` it is one rank, which seals it first, by the same question."""
         async with self._refreshing:
-            client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), "commit")
+            phase = "commit" if digests is None else "seal"
+            client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), phase)
             parts: list[Any] = [None]
             if digests is not None:
                 linger = 4 * self._linger  # worth it: else the commit is another question

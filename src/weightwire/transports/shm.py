@@ -165,6 +165,14 @@ class _OnceSender:
         self._wait = wait
         self._data = torch.empty(0, dtype=torch.uint8)
         self._unread: list[Path] = []
+        # Empty, and gone as soon as an engine has ended the update and swept its names.
+        self._signs = [root / f"{_PREFIX}-{link.update}-sign" for link in links]
+        try:
+            for sign in self._signs:
+                os.close(os.open(sign, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
+        except OSError as error:
+            self._sweep()
+            raise TransportError(f"nothing can be put into {root}: {error}") from error
 
     def buffer(self, bucket: Bucket) -> torch.Tensor:
         if self._data.numel() < bucket.nbytes:
@@ -185,7 +193,11 @@ class _OnceSender:
             finally:
                 os.close(fd)
                 path.unlink(missing_ok=True)
+            for sign in self._signs:
+                sign.stat()
         except FileNotFoundError:
+            # What came after its sweep would be left if this process died now.
+            self._sweep()
             self._wait(lambda: False, "the engine to say why it ended the update")  # as in `_Sender.send`
         except OSError as error:
             raise TransportError(f"no room for {bucket.nbytes} bytes in {self._root}: {error}") from error
@@ -200,6 +212,9 @@ class _OnceSender:
 
     def close(self) -> None:
         self._data = torch.empty(0, dtype=torch.uint8)
+        self._sweep()
+
+    def _sweep(self) -> None:
         for link in self._links:
             sweep(link.update, self._root)
 

@@ -65,7 +65,7 @@ AdapterName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\
 """Of letters, digits, dots, dashes and underscores: it stands in URLs, and before an `@` for its revisions."""
 
 
-class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Adapter(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """What makes an update one of a LoRA adapter: the name it is served under, and PEFT's config as plain data. `cast`:
     the dtype to which the trainer has cast what was wider, as the engine would have."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,8 @@ from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
 __all__ = ["AdapterStore", "path_of"]
+
+logger = logging.getLogger("vllm.weightwire.adapters")
 
 _SCHEME = "weightwire:"
 _LOAD_SECONDS = 60.0
@@ -118,7 +121,12 @@ class AdapterStore:
     def keep(self, revision: Revision, sent: Callable[[], tuple[dict[str, torch.Tensor], Any]]) -> None:
         """Hold a revision that has entered, for when vLLM asks for it again: what was sent, and PEFT's helper of it,
         found out beside the engine's own thread."""
-        self._sent[revision.id] = self.beside.submit(sent)
+        self._sent[revision.id] = job = self.beside.submit(sent)
+        job.add_done_callback(functools.partial(_log_failure, revision.label))
+
+    def let_go(self) -> None:
+        """Keep no memory for the next revision."""
+        self.beside.submit(self.spare.clear).result(_LOAD_SECONDS)
 
     def _find_manager(self) -> Any:
         if self._manager is None:
@@ -142,10 +150,18 @@ class AdapterStore:
             return built
         if request.lora_int_id not in self._sent:
             raise EngineError(f"{request.lora_path} is held no more")
-        tensors, helper = self._sent[request.lora_int_id].result(_LOAD_SECONDS)
+        try:
+            tensors, helper = self._sent[request.lora_int_id].result(_LOAD_SECONDS)
+        except Exception as error:
+            raise EngineError(f"{request.lora_path} did not reach this rank's host memory: {error!r}") from error
         # vLLM scales each B in place, and what was sent may be asked for again.
         own = {name: tensor if is_a(name) else tensor.clone() for name, tensor in tensors.items()}
         return build(manager, request.lora_int_id, own, helper)
+
+
+def _log_failure(label: str, job: Future[Any]) -> None:
+    if not job.cancelled() and (error := job.exception()) is not None:
+        logger.error("weightwire: %s is served, and cannot be loaded again once evicted: %r", label, error)
 
 
 def build(manager: Any, id: int, tensors: dict[str, torch.Tensor], helper: Any) -> Any:
@@ -475,29 +491,27 @@ class _Slot:
     """Where live modules hold the revision of one slot, by their names: every A, then every B."""
 
     def __init__(self, modules: Mapping[str, Any], number: int) -> None:
-        self.places = {name: _in_slot(module, number) for name, module in modules.items()}
-        self._stacks = _stacks(modules)
+        self.places = {n: [stack[number] for stack in _stacks_of(module)] for n, module in modules.items()}
+        self._addresses = _addresses(modules)
         every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
 
     def is_there(self, modules: Mapping[str, Any]) -> bool:
         """Whether the modules hold it still where they did."""
-        return self._stacks == _stacks(modules)
+        return self._addresses == _addresses(modules)
 
 
-def _stacks(modules: Mapping[str, Any]) -> list[int]:
-    return [
-        stack.data_ptr()
-        for module in modules.values()
-        for each in (module.lora_a_stacked, module.lora_b_stacked)
-        for stack in (each if isinstance(each, tuple) else (each,))
-    ]
+def _addresses(modules: Mapping[str, Any]) -> list[int]:
+    return [stack.data_ptr() for module in modules.values() for stack in _stacks_of(module)]
 
 
-def _in_slot(module: Any, slot: int) -> list[torch.Tensor]:
-    """What a live module holds for the revision in `slot`: every A, then every B."""
+def _stacks_of(module: Any) -> list[torch.Tensor]:
+    """The memory of a live module's slots, one after the other in each: every A, then every B."""
+    if isinstance(module.lora_a_stacked, list):  # of experts, one for each of them and each slot
+        names = ("w13_lora_a_stacked", "w2_lora_a_stacked", "w13_lora_b_stacked", "w2_lora_b_stacked")
+        return [stack for name in names for stack in getattr(module, name, ())]
     stacks = (module.lora_a_stacked, module.lora_b_stacked)
-    return [stack[slot] for each in stacks for stack in (each if isinstance(each, tuple) else (each,))]
+    return [stack for each in stacks for stack in (each if isinstance(each, tuple) else (each,))]
 
 
 def _on_this_rank(module: Any, a: Any, b: Any) -> list[torch.Tensor | None]:

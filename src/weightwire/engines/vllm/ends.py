@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Ends"]
 
-_NEED_WEIGHTS = {"begin", "poll", "commit"}  # asked with `poll`, a commit is refused before anything was paused for it
+# Asked with `seal` or `poll`, a commit is refused before anything was paused for it.
+_NEED_WEIGHTS = {"begin", "seal", "poll", "commit"}
 
 
 class Ends:
@@ -37,7 +38,7 @@ class Ends:
             rank=worker.rank,
             keep=keep,
         )
-        self.sleep = Sleep(worker, self.receiver.poison, self.target.adapters.spare.clear)
+        self.sleep = Sleep(worker, self.receiver.poison, self.target.adapters.let_go)
 
     def handle(self, op: str, arguments: bytes, body: bytes | None = None) -> bytes:
         """`Receiver.handle`, which an engine that sleeps does not get to do."""
