@@ -52,21 +52,30 @@ def _segments() -> set[str]:
     return {path.name for path in Path("/dev/shm").glob("weightwire-*")}
 
 
-def test_one_flipped_bit(server: Server, served_model: Any, trained: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    send = shm._Sender.send
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_one_flipped_bit(
+    server: Server, served_model: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, size: str
+) -> None:
+    sender = shm._OnceSender if size == "small" else shm._Sender
+    send, flipped = sender.send, []
 
     def flip(self: Any, bucket: Bucket) -> None:
-        self._segments[bucket.index % 2].data[bucket.nbytes // 2] ^= 1
+        data = self._data if size == "small" else self._segments[bucket.index % 2].data
+        data[bucket.nbytes // 2] ^= 1
+        flipped.append(bucket.index)
         send(self, bucket)
 
     with unchanged(server, served_model) as version, server.engines() as engines:
-        monkeypatch.setattr(shm._Sender, "send", flip)
+        monkeypatch.setattr(sender, "send", flip)
+        if size == "large":
+            monkeypatch.setattr(shm, "_SMALL_UPDATE", 0)
         with (
             ww.Publisher(trained, engines, transport="shm") as publisher,
             pytest.raises(ww.VerificationError, match="another digest"),
         ):
             publisher.publish(version)
         monkeypatch.undo()
+    assert flipped
 
 
 def _other_shape(weights: dict[str, torch.Tensor]) -> None:
