@@ -256,15 +256,13 @@ class Control:
             phase = "commit" if digests is None else "seal"
             client = await self._in_time(self.host.in_use(), deadline - time.monotonic(), phase)
             parts: list[Any] = [None]
-            if digests is not None:
-                linger = 4 * self._linger  # worth it: else the commit is another question
-                try:
-                    left = deadline - time.monotonic()
+            try:
+                if digests is not None:
+                    left, linger = deadline - time.monotonic(), 4 * self._linger  # else the commit is another question
                     ranks = await self._work("seal", left, id=id, digests=list(digests), client=client, linger=linger)
-                finally:
-                    self.stale = True  # not before: while the rest is being fetched, requests need not wait
-                parts = [rank.get("committed") for rank in ranks]
-            self.stale = True
+                    parts = [rank.get("committed") for rank in ranks]
+            finally:
+                self.stale = True  # not before: while the rest is being fetched, requests need not wait
             try:
                 if None in parts:
                     parts = await self._all("commit", deadline - time.monotonic(), id=id, client=client)

@@ -12,21 +12,20 @@ __all__ = ["StagedAdapter"]
 
 
 class StagedAdapter:
-    """Its tensors whole, by name, in host memory; cast to `dtype` where that is given. Whoever derives from it puts the
-    digest of what the engine then holds into `_held`. See `target.AdapterStaging`."""
+    """Its tensors whole, by name, in host memory. Whoever derives from it puts the digest of what the engine then holds
+    into `_held`. See `target.AdapterStaging`."""
 
     takes = None
 
-    def __init__(self, specs: Sequence[TensorSpec], dtype: torch.dtype | None = None) -> None:
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._specs = specs
-        self._dtype = dtype
         self._tensors: dict[str, torch.Tensor] = {}
         self._held = ""
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         spec = self._specs[tensor]
         if spec.name not in self._tensors:
-            self._tensors[spec.name] = torch.empty(spec.shape, dtype=self._dtype or data.dtype)
+            self._tensors[spec.name] = torch.empty(spec.shape, dtype=data.dtype)
         self._tensors[spec.name].view(-1)[start : start + data.numel()].copy_(data)
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:

@@ -136,9 +136,8 @@ class _Sender:
     def send(self, bucket: Bucket) -> None:
         path = self._segments[bucket.index % 2].path
         try:
-            for link in self._links:
-                for rank in range(link.ranks):
-                    os.link(path, _name(self._root, link.update, bucket.index, rank))
+            for name in _names(self._root, self._links, bucket):
+                os.link(path, name)
         except FileNotFoundError:
             # An engine has ended the update and swept its names. Its answer to `stage` says why, and ends this wait.
             self._wait(lambda: False, "the engine to say why it ended the update")
@@ -186,10 +185,9 @@ class _OnceSender:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
             try:
                 _write(fd, self._data[: bucket.nbytes].numpy().data)
-                for link in self._links:
-                    for rank in range(link.ranks):
-                        self._unread.append(_name(self._root, link.update, bucket.index, rank))
-                        os.link(path, self._unread[-1])
+                for name in _names(self._root, self._links, bucket):
+                    self._unread.append(name)
+                    os.link(path, name)
             finally:
                 os.close(fd)
                 path.unlink(missing_ok=True)
@@ -308,6 +306,11 @@ def _map(fd: int) -> torch.Tensor:
 
 def _name(root: Path, update: str, bucket: int, rank: int) -> Path:
     return root / f"{_PREFIX}-{update}-{bucket}-{rank}"
+
+
+def _names(root: Path, links: Sequence[Link], bucket: Bucket) -> Iterator[Path]:
+    """For each rank of each engine, where it looks for a bucket."""
+    return (_name(root, link.update, bucket.index, rank) for link in links for rank in range(link.ranks))
 
 
 def _is_token(text: str) -> bool:

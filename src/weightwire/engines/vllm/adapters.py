@@ -332,14 +332,15 @@ class _Staged(StagedAdapter):
 
     def __init__(self, store: AdapterStore, binding: _Binding, manifest: Manifest, revision: Revision) -> None:
         dtype: torch.dtype = binding.manager.lora_config.lora_dtype
-        super().__init__(manifest.tensors, dtype)
+        super().__init__(manifest.tensors)
+        self._dtype = dtype
         self._store = store
         self._binding = binding
         self._revision = revision
         self._finite = manifest.finite
         self._built: Any = None
         self._proof: dict[str, Proof] = {}
-        self._lent: list[tuple[int, torch.Tensor]] = []
+        self._lent: list[tuple[int, int, torch.Tensor]] = []
         self._on_host = _OnHost([])
         self._loras: dict[str, Any] = {}
         # Each is held here, and by vLLM besides.
@@ -362,28 +363,34 @@ class _Staged(StagedAdapter):
         own = {name: tensor.detach() for name, tensor in given.items()}
         return build(self._binding.manager, self._revision.id, own, self._binding.helper)
 
+    def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._put([(tensor, start, data)])
+
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        memory = self._early.result()
-        memory.wait_until_free()
-        to, parts = [], []
+        runs = []
         for number, start, count, offset in bucket.pieces:
             dtype = getattr(torch, self._specs[number].dtype)
-            to.append(memory.rows[number][start : start + count])
-            parts.append(data[offset : offset + count * dtype.itemsize].view(dtype))
-        torch._foreach_copy_(to, parts)
+            runs.append((number, start, data[offset : offset + count * dtype.itemsize].view(dtype)))
+        self._put(runs)
+
+    def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        """Copy what arrived, each from an element of its tensor on, to where it belongs."""
+        if runs:
+            memory = self._early.result()
+            memory.wait_until_free()
+            places = [memory.rows[number][start : start + data.numel()] for number, start, data in runs]
+            torch._foreach_copy_(places, [data for _, _, data in runs])
 
     def copy_all(self, room: int) -> bool:
         return False  # it is copied anyway, and small
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
-        self._lent.append((tensor, data.reshape(-1)))
+        self._lent.append((tensor, 0, data.reshape(-1)))
 
     def seal(self, scans: Sequence[Scan]) -> None:
         memory, built = self._early.result(), self._building.result()
-        if self._lent:
-            memory.wait_until_free()
-            torch._foreach_copy_([memory.rows[number] for number, _ in self._lent], [data for _, data in self._lent])
-            self._lent.clear()
+        self._put(self._lent)
+        self._lent.clear()
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = any(getattr(torch, spec.dtype) != self._dtype for spec in self._specs)
         if self._finite and cast and not all(all_finite(flat) for flat, _ in memory.flat):
@@ -437,11 +444,10 @@ class _Staged(StagedAdapter):
         self._on_host, self._loras = _OnHost([]), {}
         self._lent.clear()
         self._built = None
-        for job in (self._early, self._building):
-            job.cancel()
-        self._early, self._building = Future(), Future()  # whoever comes after this finds them cancelled too
         self._early.cancel()
         self._building.cancel()
+        self._early = self._building = Future()  # whoever comes after this finds them cancelled too
+        self._early.cancel()
 
 
 class _OnHost:
