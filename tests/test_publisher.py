@@ -23,6 +23,8 @@ from weightwire import run, transports
 from weightwire.sources import find
 from weightwire.sources.tensors import TensorSource
 from weightwire.transports import gloo, shm
+from weightwire.transports.unix_socket import SocketSender
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.manifest import Manifest
 
 pytestmark = pytest.mark.usefixtures("shm_root", "no_threads_left")
@@ -497,13 +499,24 @@ def test_when_an_engine_fails_to_fetch_it_says_so_after_a_while(
     assert_unharmed(engine, old, None)
 
 
-def test_buckets_are_filled_while_engines_begin(engines: Any, shm_root: Path) -> None:
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_buckets_are_filled_while_engines_begin(engines: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    if size == "large":
+        monkeypatch.setattr(shm, "_SMALL_UPDATE", 0)
     engine = engines()
-    host, call, seen = engine._host, engine._host.call, []
+    host, call, seen, filled = engine._host, engine._host.call, [], threading.Event()
+    sender = SocketSender if size == "small" else shm._Sender
+    send = sender.send
+
+    def tell(self: Any, bucket: Bucket) -> None:
+        send(self, bucket)
+        filled.set()
+
+    monkeypatch.setattr(sender, "send", tell)
 
     async def late(op: str, *args: Any) -> Any:
         if op == "begin":
-            await engines_loop_until(lambda: any(path.name.endswith("-0-0") for path in shm_root.iterdir()))
+            await engines_loop_until(filled.is_set)
             seen.append(op)
         return await call(op, *args)
 
@@ -675,7 +688,7 @@ def test_a_shared_memory_that_is_too_small_is_passed_over(
     assert same(engine.model, new)
 
 
-@pytest.mark.parametrize("how", ["statvfs", "posix_fallocate", "write"])
+@pytest.mark.parametrize("how", ["statvfs", "posix_fallocate", "rename"])
 def test_a_shared_memory_that_fills_up_is_noticed(engines: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     engine = engines()
     old, full = snapshot(engine.model), list(os.statvfs("/dev/shm"))

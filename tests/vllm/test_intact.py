@@ -22,6 +22,7 @@ import weightwire as ww
 from conftest import ENVIRONMENT, Server
 from weightwire.sources.tensors import TensorSource
 from weightwire.transports import shm
+from weightwire.transports.unix_socket import SocketSender
 from weightwire.updates.buckets import Bucket
 from weightwire.updates.manifest import Manifest
 
@@ -56,11 +57,11 @@ def _segments() -> set[str]:
 def test_one_flipped_bit(
     server: Server, served_model: Any, trained: Any, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
-    sender = shm._OnceSender if size == "small" else shm._Sender
+    sender = SocketSender if size == "small" else shm._Sender
     send, flipped = sender.send, []
 
     def flip(self: Any, bucket: Bucket) -> None:
-        data = self._data if size == "small" else self._segments[bucket.index % 2].data
+        data = self.buffer(bucket) if size == "small" else self._segments[bucket.index % 2].data
         data[bucket.nbytes // 2] ^= 1
         flipped.append(bucket.index)
         send(self, bucket)

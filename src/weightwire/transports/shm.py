@@ -5,8 +5,7 @@ made of the update's id, which the engine chose; a reader maps it, uses it, and 
 count is back to one has been read by all and is filled again. So the file system does the flow control: no counters
 in shared memory, and whoever dies, the names left are few, known, and swept by the other side.
 
-To map a page takes longer than to copy it. So of a small update each bucket is a segment of its own, which is written
-and read once and never mapped, and nothing is waited for.
+To map a page takes longer than to copy it, so a small update goes through a socket (`transports.unix_socket`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import contextlib
 import mmap
 import os
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ import torch
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import BUCKET_BYTES, Link, Sender, Wait
+from weightwire.transports.unix_socket import SocketSender, looks, receive
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["Shm", "fetch", "probe"]
@@ -32,9 +31,8 @@ ROOT = Path("/dev/shm")
 _PREFIX = "weightwire"
 _ADDRESS = "shm:"
 _LEAST_BUCKET = 256 << 10
-_OVERLAPPING = 8
+_OVERLAPPING = 4
 _SMALL_UPDATE = 32 << 20
-_SMALL_BUCKET = _SMALL_UPDATE // _OVERLAPPING
 _FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
 
 
@@ -47,6 +45,8 @@ class Shm:
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
+        # Kept from one small update to the next: new memory takes longer than all that is done with it.
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:
@@ -75,12 +75,15 @@ class Shm:
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
         nbytes = sum(bucket.nbytes for bucket in buckets)
-        if nbytes <= min(_SMALL_UPDATE, self.room()):
-            return _OnceSender(self._root, links, wait)
+        if nbytes <= _SMALL_UPDATE:
+            if self._memory.numel() < nbytes:
+                self._memory = torch.empty(nbytes, dtype=torch.uint8)
+            names = [_socket(self._root, link.update) for link in links]
+            return SocketSender(_ADDRESS, names, links, buckets, wait, self._memory)
         return _Sender(self._root, links, max((b.nbytes for b in buckets), default=0), wait)
 
     def close(self) -> None:
-        pass
+        self._memory = torch.empty(0, dtype=torch.uint8)
 
 
 class _Segment:
@@ -154,74 +157,6 @@ class _Sender:
             sweep(link.update, self._root)
 
 
-class _OnceSender:
-    """A segment for each bucket."""
-
-    def __init__(self, root: Path, links: Sequence[Link], wait: Wait) -> None:
-        self.addresses: list[str | None] = [_ADDRESS] * len(links)
-        self._root = root
-        self._links = links
-        self._wait = wait
-        self._data = torch.empty(0, dtype=torch.uint8)
-        self._unread: list[Path] = []
-        # Empty, and gone as soon as an engine has ended the update and swept its names.
-        self._signs = [root / f"{_PREFIX}-{link.update}-sign" for link in links]
-        try:
-            for sign in self._signs:
-                os.close(os.open(sign, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
-        except OSError as error:
-            self._sweep()
-            raise TransportError(f"nothing can be put into {root}: {error}") from error
-
-    def buffer(self, bucket: Bucket) -> torch.Tensor:
-        if self._data.numel() < bucket.nbytes:
-            self._data = torch.empty(bucket.nbytes, dtype=torch.uint8)
-        return self._data[: bucket.nbytes]
-
-    def send(self, bucket: Bucket) -> None:
-        # Under its own name until it is whole.
-        path = self._root / f"{_PREFIX}-{self._links[0].update}-segment"
-        try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-            try:
-                _write(fd, self._data[: bucket.nbytes].numpy().data)
-                for name in _names(self._root, self._links, bucket):
-                    self._unread.append(name)
-                    os.link(path, name)
-            finally:
-                os.close(fd)
-                path.unlink(missing_ok=True)
-            for sign in self._signs:
-                sign.stat()
-        except FileNotFoundError:
-            # What came after its sweep would be left if this process died now.
-            self._sweep()
-            self._wait(lambda: False, "the engine to say why it ended the update")  # as in `_Sender.send`
-        except OSError as error:
-            raise TransportError(f"no room for {bucket.nbytes} bytes in {self._root}: {error}") from error
-
-    def finish(self) -> None:
-        self._wait(self._all_read, "the last buckets to be read")
-
-    def _all_read(self) -> bool:
-        while self._unread and not self._unread[-1].exists():
-            self._unread.pop()
-        return not self._unread
-
-    def close(self) -> None:
-        self._data = torch.empty(0, dtype=torch.uint8)
-        self._sweep()
-
-    def _sweep(self) -> None:
-        for link in self._links:
-            sweep(link.update, self._root)
-
-
-def _write(fd: int, data: memoryview) -> None:
-    while data:
-        data = data[os.write(fd, data) :]
-
-
 def probe(offer: str, root: Path = ROOT) -> str | None:
     """None when this process sees the trainer's shared memory, else why not."""
     name, _, secret = offer.partition(":")[2].partition("-")
@@ -235,15 +170,18 @@ def probe(offer: str, root: Path = ROOT) -> str | None:
 
 
 def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple[int, torch.Tensor]]:
-    """Map each bucket in turn as its name appears. The names follow from the update's id, never from `address`."""
+    """Each bucket in turn, mapped as its name appears, or out of a socket where there is one. The names follow from the
+    update's id, never from `address`."""
     if address != _ADDRESS:
         raise UsageError(
             f"not an address of shared memory: {address[:80]!r}", next_step=f"It is `{_ADDRESS}` and no more."
         )
     # The same two segments come again and again; mapping each anew would cost more than reading it.
     mapped: dict[int, torch.Tensor] = {}
-    small = torch.empty(min(max((b.nbytes for b in arrivals.buckets), default=0), _SMALL_BUCKET), dtype=torch.uint8)
     try:
+        if arrivals.buckets and (socket := _await_first(root, arrivals)):
+            yield from receive(socket, arrivals)
+            return
         for bucket in arrivals.buckets:
             path = _name(root, arrivals.update, bucket.index, arrivals.rank)
             fd = _open(path, arrivals)
@@ -251,16 +189,11 @@ def fetch(address: str, arrivals: Arrivals, root: Path = ROOT) -> Iterator[tuple
                 stat = os.fstat(fd)
                 if stat.st_size < bucket.nbytes:
                     raise TransportError(f"a segment holds {stat.st_size} bytes, {bucket.nbytes} were announced")
-                if bucket.nbytes <= small.numel():
-                    data = small
-                    _read(fd, small[: bucket.nbytes].numpy().data)
-                else:
-                    if stat.st_ino not in mapped:
-                        mapped[stat.st_ino] = _map(fd)
-                    data = mapped[stat.st_ino]
+                if stat.st_ino not in mapped:
+                    mapped[stat.st_ino] = _map(fd)
             finally:
                 os.close(fd)
-            yield bucket.index, data[: bucket.nbytes]
+            yield bucket.index, mapped[stat.st_ino][: bucket.nbytes]
             path.unlink(missing_ok=True)
     finally:
         if arrivals.cancelled.is_set():
@@ -274,25 +207,23 @@ def sweep(update: str, root: Path = ROOT) -> None:
             path.unlink(missing_ok=True)
 
 
+def _await_first(root: Path, arrivals: Arrivals) -> Path | None:
+    """The socket through which a small update comes; None as soon as there is a first segment instead."""
+    socket = _socket(root, arrivals.update)
+    segment = _name(root, arrivals.update, arrivals.buckets[0].index, arrivals.rank)
+    for _ in looks(arrivals):
+        if socket.exists():
+            return socket
+        if segment.exists():
+            break
+    return None
+
+
 def _open(path: Path, arrivals: Arrivals) -> int:
-    silent_since = time.monotonic()
-    pause = 0.0001
-    while True:
-        try:
+    for _ in looks(arrivals):
+        with contextlib.suppress(FileNotFoundError):
             return os.open(path, os.O_RDWR | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            if arrivals.cancelled.wait(pause):
-                raise TransportError("the update was aborted while its buckets were being fetched") from None
-            if time.monotonic() - silent_since > arrivals.lease:
-                raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s") from None
-            pause = min(pause * 1.5, 0.0005)
-
-
-def _read(fd: int, to: memoryview) -> None:
-    while to:
-        if not (count := os.readv(fd, [to])):
-            raise TransportError(f"a segment ends {len(to)} bytes before it should")
-        to = to[count:]
+    raise AssertionError("it looks until it raises")
 
 
 def _map(fd: int) -> torch.Tensor:
@@ -302,6 +233,10 @@ def _map(fd: int) -> torch.Tensor:
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
     return torch.frombuffer(mmap.mmap(fd, nbytes, flags=_FLAGS), dtype=torch.uint8)
+
+
+def _socket(root: Path, update: str) -> Path:
+    return root / f"{_PREFIX}-{update}-socket"
 
 
 def _name(root: Path, update: str, bucket: int, rank: int) -> Path:
