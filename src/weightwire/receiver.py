@@ -43,7 +43,7 @@ from weightwire.errors import (
 )
 from weightwire.pull import pull, room_for
 from weightwire.revisions import Revision, Revisions
-from weightwire.target import AdapterStaging, DeltaStaging, Staging, TakesBuckets, Target
+from weightwire.target import AdapterStaging, DeltaStaging, Encoded, Staging, TakesBuckets, Target
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import (
@@ -214,7 +214,7 @@ class Receiver:
             self._forget()
             started = time.perf_counter()
             revision = self._revision(id, manifest)
-            adapter = revision and self._target.prepare_adapter(manifest, revision)
+            adapter = revision and self._prepare_adapter(manifest, revision)
             delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
             staging = adapter or delta or self._target.prepare(manifest)
             if staging.nbytes and staging.nbytes > (room := self._target.room()):
@@ -265,6 +265,12 @@ class Receiver:
                 next_step="Publish again: the trainer then asks for that anew.",
             )
         return self._revisions.open(manifest.adapter.name, manifest.version, id)
+
+    def _prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
+        if manifest.base_version is None:
+            return self._target.prepare_adapter(manifest, revision)
+        base = self._revisions.find(revision.name, manifest.base_version)
+        return self._target.prepare_adapter_delta(manifest, revision, base)
 
     def _check_version(self, manifest: Manifest) -> None:
         # Poisoned, this rank may hold the version that another failed to take; it may be sent again.
@@ -397,7 +403,8 @@ class Receiver:
             self._update = None
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
-            digests = update.delta.after if update.delta else [scanned.digest for scanned in update.known]
+            staged = update.staging
+            digests = staged.after if isinstance(staged, Encoded) else [scanned.digest for scanned in update.known]
             return {
                 "adapters": self._listed(**client) if client is not None else None,
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,

@@ -73,6 +73,17 @@ class Revisions:
             raise StateError(f"the id {id} is taken by another revision", next_step="Load it again.")
         return Revision(name, version, id)
 
+    def find(self, name: str, version: int) -> Revision:
+        """One that is held, be it listed or not. Raises `VersionError`, which says what is."""
+        held = [*self._held.get(name, []), *(other for other in self._retired if other.name == name)]
+        if (found := next((revision for revision in held if revision.version == version), None)) is None:
+            there = ", ".join(str(each) for each in sorted({revision.version for revision in held})) or "none"
+            raise VersionError(
+                f"version {version} of adapter {name!r}, from which the delta starts, is not held here: {there}",
+                next_step="Publish the whole adapter, or the delta from what is here.",
+            )
+        return found
+
     def commit(self, revision: Revision) -> None:
         """List it, as the newest of its name."""
         self._held.setdefault(revision.name, []).append(revision)

@@ -14,7 +14,7 @@ from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "DeltaStaging", "Staging", "TakesBuckets", "Target"]
+__all__ = ["AdapterStaging", "DeltaStaging", "Encoded", "Staging", "TakesBuckets", "Target"]
 
 
 class Staging(Protocol):
@@ -73,11 +73,16 @@ class AdapterStaging(Staging, Protocol):
         """After `commit`: a digest of what this rank's modules hold of it."""
 
 
-class DeltaStaging(Staging, Protocol):
-    """A delta's staged copy: its encoded bytes, and from `seal` on what to write where."""
+@runtime_checkable
+class Encoded(Protocol):
+    """A `Staging` to which encoded deltas are sent."""
 
     after: Sequence[Digest]
     """Of each tensor as it will be, in manifest order; known from `seal` on."""
+
+
+class DeltaStaging(Staging, Encoded, Protocol):
+    """A delta's staged copy: its encoded bytes, and from `seal` on what to write where."""
 
     def undo(self) -> None:
         """Put back, bit for bit, what `commit` has changed, however far it came. Raises when that cannot be shown."""
@@ -97,6 +102,10 @@ class Target(Protocol):
 
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         """The same for a LoRA adapter. Also raises `UnsupportedError` when the engine takes none."""
+
+    def prepare_adapter_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterStaging:
+        """The same for what has changed of one since `base`, which is held here; it is `Encoded`, too. Also raises
+        `VersionError` when that cannot be read."""
 
     def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
         """The same for a delta. Also raises `UnsupportedError` where live weights cannot be patched."""

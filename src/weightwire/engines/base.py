@@ -40,6 +40,12 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     adapter_dtype: str | None = None
     receipt: EngineReceipt | None = None
 
+    def serves(self, adapter: str | None) -> int | None:
+        """The version of the whole model, or the newest of an adapter; None if there is none."""
+        if adapter is None:
+            return self.version
+        return next((int(each["version"]) for each in self.adapters if each["name"] == adapter), None)
+
     def next_version(self, adapter: str) -> int:
         """One more than this adapter ever had here; 1 for a new one."""
         return self.spent.get(adapter, 0) + 1

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.target import Staging
 from weightwire.updates.delta import Delta, Patch, decode, parse
 from weightwire.updates.digest import Digest, Scan, scan
 from weightwire.updates.manifest import Manifest
@@ -59,6 +60,17 @@ class ArrivingDelta:
                 next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
             )
         return patch
+
+    def _rebuild(self, bases: Sequence[torch.Tensor], inner: Staging) -> Iterator[tuple[Delta, Patch, Scan]]:
+        """Write what it leads to from `bases` (1-D, of all tensors) into `inner`, whole, one tensor after the other."""
+        self._allocate()  # where nothing came at all
+        for number, (spec, base) in enumerate(zip(self._specs, bases, strict=True)):
+            delta = self._parse(number)
+            patch = self._decode(spec.name, delta, base)
+            new = base.clone()
+            patch.apply(new)
+            written = inner.write(number, 0, new)
+            yield delta, patch, scan(new) if written is None else written
 
 
 class StagedDelta(ArrivingDelta):

@@ -58,6 +58,9 @@ class ModuleTarget:
     def prepare_adapter(self, manifest: Manifest, revision: Revision) -> AdapterStaging:
         return self._adapters.prepare(manifest, revision)
 
+    def prepare_adapter_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterStaging:
+        return self._adapters.prepare_delta(manifest, revision, base)
+
     def drop(self, revision: Revision) -> None:
         self._adapters.drop(revision)
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from weightwire.engines.adapter_delta import AdapterDelta, whole
 from weightwire.engines.staged_adapter import StagedAdapter
-from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError
+from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError, VersionError
 from weightwire.revisions import Revision
 from weightwire.updates.adapter import PREFIX, check_adapter
 from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan
@@ -65,6 +66,11 @@ class ModuleAdapters:
                     next_step="Load an adapter of a model of the same architecture.",
                 )
         return _Staged(self, manifest, revision, list(ranks))
+
+    def prepare_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterDelta:
+        """The same for what has changed since `base`, which is read back from the layers."""
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in manifest.tensors}
+        return AdapterDelta(manifest, self.prepare(whole(manifest), revision), base, lambda: self._sent(base, dtypes))
 
     def drop(self, revision: Revision) -> None:
         """Forget a revision, as soon as nobody runs the module."""
@@ -143,6 +149,15 @@ class ModuleAdapters:
                     tensor = held[_slot(revision)]
                     whole = isinstance(tensor, torch.nn.Parameter)
                     yield f"{PREFIX}{name}.{part}{'' if whole else '.weight'}", tensor if whole else tensor.weight
+
+    def _sent(self, revision: Revision, dtypes: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
+        """What was sent of a revision, if it was sent in these dtypes: layers hold it widened. In others it is not the
+        same, as its digest will tell."""
+        with self._structure:
+            if not self.holds(revision):
+                raise VersionError(f"{revision.label} is held no more", next_step="Publish the whole adapter.")
+            live = {name: parameter.detach() for name, parameter in self._parameters(revision)}
+            return {name: held.to("cpu", dtypes.get(name, held.dtype)) for name, held in live.items()}
 
     def _activate(self) -> None:
         active = [_slot(self._serving[-1])] if self._serving else []

@@ -82,8 +82,8 @@ Staging = Literal["copy", "lent", "none"]
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What an update holds: a whole model, or with `adapter` a LoRA adapter under PEFT's names, of its own versions.
 
-    A delta holds what changed since `base_version`, for each of `tensors` in `encoded` bytes (`updates.delta`), which
-    is what travels in its place (`wire`).
+    A delta, of a whole model or of an adapter, holds what changed since `base_version`, for each of `tensors` in
+    `encoded` bytes (`updates.delta`), which is what travels in its place (`wire`). An adapter's config is the new one.
 
     `tensors` are sent in this order. `aliases` are further names of tensors that are sent once (tied weights): an
     engine that knows them as one tensor ignores them, one that keeps them apart fills both. `partial` allows tensors
@@ -107,7 +107,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def wire(self) -> tuple[TensorSpec, ...]:
         """What travels: `tensors` themselves, or each one's delta as bytes under its name."""
-        if self.kind != "delta":
+        if self.base_version is None:
             return self.tensors
         sizes = zip(self.tensors, self.encoded, strict=True)
         return tuple(TensorSpec(name=spec.name, dtype="uint8", shape=(nbytes,)) for spec, nbytes in sizes)
@@ -147,11 +147,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self
 
     def _check_delta(self) -> None:
-        if (self.kind == "delta") != (self.base_version is not None):
+        if self.kind != "adapter" and (self.kind == "delta") != (self.base_version is not None):
             raise ManifestError(f"kind {self.kind!r} with base version {self.base_version}")
-        if self.kind != "delta":
+        if self.base_version is None:
             if self.encoded:
-                raise ManifestError(f"kind {self.kind!r} with sizes of deltas")
+                raise ManifestError(f"kind {self.kind!r} with sizes of deltas and no base version")
             return
         if self.staging != "copy" or self.partial:
             raise ManifestError("a delta is staged as it is, and is of a whole model")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from weightwire.engines.adapter_delta import AdapterDelta, whole
 from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.engines.vllm.adapter_memory import AdapterMemory, SpareMemory, is_a
 from weightwire.engines.vllm.compat import rename_mapper, supports
@@ -90,6 +91,11 @@ class AdapterStore:
             self._binding = (key, binding)
         return _Staged(self, self._binding[1], manifest, revision)
 
+    def prepare_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterDelta:
+        """The same for what has changed since `base`; what was sent of that is read once it is on the host."""
+        sent = self._sent_of(base.id, base.label)
+        return AdapterDelta(manifest, self.prepare(whole(manifest), revision), base, lambda: sent()[0])
+
     def drop(self, revision: Revision) -> None:
         self._sent.pop(revision.id, None)
         self._built.pop(revision.id, None)
@@ -148,15 +154,24 @@ class AdapterStore:
         built = self._built.pop(request.lora_int_id, None)
         if built is not None:
             return built
-        if request.lora_int_id not in self._sent:
-            raise EngineError(f"{request.lora_path} is held no more")
-        try:
-            tensors, helper = self._sent[request.lora_int_id].result(_LOAD_SECONDS)
-        except Exception as error:
-            raise EngineError(f"{request.lora_path} did not reach this rank's host memory: {error!r}") from error
+        tensors, helper = self._sent_of(request.lora_int_id, request.lora_path)()
         # vLLM scales each B in place, and what was sent may be asked for again.
         own = {name: tensor if is_a(name) else tensor.clone() for name, tensor in tensors.items()}
         return build(manager, request.lora_int_id, own, helper)
+
+    def _sent_of(self, id: int, called: str) -> Callable[[], tuple[dict[str, torch.Tensor], Any]]:
+        """Gives what was sent of a revision, and PEFT's helper of it, as soon as that is on the host."""
+        job = self._sent.get(id)
+
+        def wait() -> tuple[dict[str, torch.Tensor], Any]:
+            if job is None:
+                raise EngineError(f"{called} is held no more")
+            try:
+                return job.result(_LOAD_SECONDS)
+            except Exception as error:
+                raise EngineError(f"{called} did not reach this rank's host memory: {error!r}") from error
+
+        return wait
 
 
 def _log_failure(label: str, job: Future[Any]) -> None:

@@ -15,7 +15,7 @@ from weightwire.engines.vllm.layout import Slot
 from weightwire.target import Staging
 from weightwire.updates.boxes import Box
 from weightwire.updates.delta import Patch
-from weightwire.updates.digest import Digest, Scan, scan
+from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest, TensorSpec
 
 __all__ = ["HostCopy", "Keeping", "Rebuilt"]
@@ -80,13 +80,8 @@ class Rebuilt(ArrivingDelta):
     def seal(self, scans: Sequence[Scan]) -> None:
         after: list[Digest] = []
         whole: list[Scan] = []
-        for number, (spec, base) in enumerate(zip(self._specs, self._host.tensors, strict=True)):
-            delta = self._parse(number)
-            patch = self._decode(spec.name, delta, base)
-            new = base.clone()
-            patch.apply(new)
-            written = self._inner.write(number, 0, new)
-            whole.append(scan(new) if written is None else written)
+        for delta, patch, scanned in self._rebuild(self._host.tensors, self._inner):
+            whole.append(scanned)
             self._patches.append(patch)
             after.append(delta.after)
         self.after = after

@@ -141,6 +141,10 @@ class VllmTarget:
         self._refuse_replicas()
         return self.adapters.prepare(manifest, revision)
 
+    def prepare_adapter_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterStaging:
+        self._refuse_replicas()
+        return self.adapters.prepare_delta(manifest, revision, base)
+
     def drop(self, revision: Revision) -> None:
         self.adapters.drop(revision)
 
