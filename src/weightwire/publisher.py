@@ -51,7 +51,7 @@ class Publisher:
     that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
 
     `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas;
-    `"device"` keeps it on the parameters' GPU, where the deltas are made.
+    `"device"` keeps it on the parameters' GPU, where the deltas are made; not of an adapter.
     """
 
     def __init__(
@@ -90,6 +90,10 @@ class Publisher:
                 f"adapter={adapter!r}, but {type(found).__name__} is no LoRA adapter",
                 next_step="Pass a PEFT model or an adapter's folder, or leave `adapter` out.",
             )
+        if baseline == "device" and is_adapter:
+            raise UsageError(
+                "baseline='device', and this is a LoRA adapter", next_step="Take baseline='host': an adapter is small."
+            )
         if baseline is not None and found.ranks is not None and not hasattr(found, "read_part"):
             raise UnsupportedError(
                 f"{type(found).__name__} is spread over ranks and does not say which part is whose",
@@ -104,9 +108,7 @@ class Publisher:
             wanted=transport,
             bucket_bytes=bucket_bytes,
             lease=lease,
-            kept=None
-            if baseline is None or is_adapter
-            else Kept(DeviceBaseline(found) if baseline == "device" else Baseline()),
+            kept=None if baseline is None else Kept(DeviceBaseline(found) if baseline == "device" else Baseline()),
         )
 
     def publish(
@@ -126,7 +128,7 @@ class Publisher:
         With a baseline, `kind="auto"` sends the delta from the version before unless more than a fifth of the elements
         changed or an engine has another version, from which none of the deltas kept leads on; else everything, and
         `Receipt.why` says which and why. `"delta"` raises `UsageError` or the engine's refusal instead, `"dense"`
-        always sends everything.
+        always sends everything, of an adapter too.
 
         `partial` allows parameters to be left out; `finite` refuses NaN and Inf. `staging="none"`, for engines on a GPU
         without room for a second copy, writes over the live weights while the engine stands still; if that fails it

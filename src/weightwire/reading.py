@@ -90,9 +90,9 @@ class Reading:
 
     def read_own(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         """What this rank holds, by itself."""
-        return self._guard(
-            self._source.read if self._source.ranks is None else self._spread.read_part, tensor, start, out
-        )
+        if self._source.ranks is None:
+            return self.read(tensor, start, out)
+        return self._guard(self._spread.read_part, tensor, start, out)
 
     @functools.cached_property
     def whole(self) -> list[torch.Tensor]:

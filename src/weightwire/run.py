@@ -35,7 +35,7 @@ from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
-from weightwire.updates.adapter import check_name
+from weightwire.updates.adapter import check_name, meaning
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, cut
 from weightwire.updates.delta import Delta
@@ -109,6 +109,7 @@ class Run:
         self._stages: list[Future[None]] = []
         self._commits: Started[EngineReceipt] = {}
         self._route = Route(why=why)
+        self._meaning: object = None
         self.committing = False
         self._done = False
 
@@ -127,11 +128,12 @@ class Run:
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
         config = getattr(self._source, "lora", None)
+        self._meaning = None if config is None else meaning(config)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
         cast = None if config is None else self._cast_to()
         self._reading = reading = Reading(self._source, specs, parts=baseline is not None, dtype=cast)
-        self._decide(whole=config is None and not partial and staging == "copy", finite=finite)
+        self._decide(whole=not partial and staging == "copy", finite=finite)
         encoded = time.perf_counter()
         draft = Manifest(
             version=version,
@@ -149,8 +151,9 @@ class Run:
             keep=baseline is not None and not self.of_deltas and not partial and staging == "copy",
         )
         manifest = together.from_leader(lambda: self._begin(draft.check()), Manifest)
-        if baseline is not None and not self.of_deltas:
-            together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
+        if kept is not None and not self.of_deltas:
+            kept.meaning = self._meaning
+            together.everywhere(lambda: kept.baseline.start(reading.specs, reading.mine))
         marks.append(time.perf_counter())
         scans = own = self._stage(manifest, self._route.deltas)
         if self._route.behind or not cut(manifest):
@@ -202,26 +205,35 @@ class Run:
             nbytes=max(receipt.nbytes for receipt in receipts.values()),
             seconds=seconds,
             engines=receipts,
-            why=self._route.why,
+            why=self._why_so(),
         )
 
     def start_from(self, base: Source, version: int) -> None:
         """As `Publisher.start_from`."""
-        baseline = self._baseline
+        kept, baseline = self._means.kept, self._baseline
+        assert kept is not None
         assert baseline is not None
-        specs = tuple(self._together.everywhere(base.metadata))
-        there = {spec.name: number for number, spec in enumerate(specs)}
+        held = tuple(self._together.everywhere(base.metadata))
+        specs = tuple(self._together.everywhere(self._source.metadata))
+        config, its = (getattr(source, "lora", None) for source in (self._source, base))
+        if (config is None) != (its is None):
+            raise UsageError("of the base and what is published, one is a LoRA adapter and the other a whole model")
         if self._ranks is not None:
-            known, specs = specs, tuple(self._together.everywhere(self._source.metadata))
-            self._together.everywhere(lambda: _check_base(specs, known))
-        reading = Reading(self._source, specs, parts=True)
+            self._together.everywhere(lambda: _check_base(specs, held))
+        cast = None if config is None else self._cast_to()
+        there = Reading(base, held, parts=False, dtype=cast)
+        if self._ranks is None:
+            specs = _in_order_of(held, specs)
+        reading = Reading(self._source, specs, parts=True, dtype=cast)
+        numbers = {spec.name: number for number, spec in enumerate(there.specs)}
 
         def read(tensor: int, start: int, out: torch.Tensor) -> Scan:
             spec = reading.specs[tensor]
             runs = (reading.mine[tensor] if reading.mine else Part.whole(spec.shape)).runs()
-            scans = settle([base.read(there[spec.name], at, out[own : own + n]) for own, at, n in runs])
+            scans = settle([there.read(numbers[spec.name], at, out[own : own + n]) for own, at, n in runs])
             return sum(scans, Scan(NO_DIGEST, 0))
 
+        kept.meaning = None if its is None else meaning(its)
         self._together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         own = self._together.everywhere(lambda: baseline.take(read))
         self._together.everywhere(lambda: baseline.finish(version, own))
@@ -251,18 +263,19 @@ class Run:
                 return "a delta is of a whole model, and is staged"
             if any(isinstance(way, Lender) for way in self._ways.values()):
                 return "the engine reads the weights in the trainer's own memory"
-            return None
+            return self._held_otherwise()
 
         if self._means.kept is not None and self._kind != "dense":
             self._route = find_route(
                 self._means.kept,
                 self._reading,
                 self._ranks,
+                meaning=self._meaning,
                 always=self._kind == "delta",
                 finite=finite,
                 refusal=refusal,
                 ask_versions=lambda: self._fleet.each(
-                    "resolve", lambda engine: engine.status(timeout=self._fleet.left()).version
+                    "resolve", lambda engine: engine.status(timeout=self._fleet.left()).serves(self._means.adapter)
                 ),
             )
         elif self._kind == "delta":
@@ -289,6 +302,19 @@ class Run:
             return None
         dtypes = {choice.adapter_dtype for choice in self._choices.values()}
         return dtypes.pop() if len(dtypes) == 1 else None
+
+    def _held_otherwise(self) -> str | None:
+        """Of an adapter, why engines do not hold the version before as it was sent: they have cast it."""
+        sent = {spec.dtype for spec in self._reading.specs}
+        for name, choice in self._choices.items() if self._means.adapter is not None else ():
+            if choice.adapter_dtype is not None and sent != {choice.adapter_dtype}:
+                return f"{name} holds adapters in {choice.adapter_dtype}, and this is sent as {', '.join(sorted(sent))}"
+        return None
+
+    def _why_so(self) -> str:
+        """Of an adapter it also says which of the two it was: its kind does not."""
+        why = self._route.why
+        return why if self._means.adapter is None or not why else f"{'delta' if self.of_deltas else 'whole'}: {why}"
 
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
@@ -621,6 +647,12 @@ def _fill_with_deltas(bucket: Bucket, data: torch.Tensor, deltas: Sequence[Delta
     found = scan_runs_any(data, [(p.offset, p.count, p.start, torch.uint8) for p in bucket.pieces])
     for piece, scan in zip(bucket.pieces, found, strict=True):
         scans[piece.tensor] = scan + scans[piece.tensor]
+
+
+def _in_order_of(base: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """What a base has, in the order in which it is published."""
+    places = {spec.name: number for number, spec in enumerate(specs)}
+    return tuple(sorted(base, key=lambda spec: places.get(spec.name, len(places))))
 
 
 def _check_base(specs: Sequence[TensorSpec], base: Sequence[TensorSpec]) -> None:

@@ -44,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--base",
         type=Path,
         metavar="CHECKPOINT",
-        help="what the engines serve, pushed with --base as well: send only what changed since, if they agree",
+        help="what the engines serve, a model pushed with --base as well: send only what changed since, if they agree",
     )
     parser.add_argument("--to", action="append", required=True, metavar="URL", help="an engine; may be given again")
     parser.add_argument("--version", type=int, metavar="N", help="default: one more than any of the engines has")
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             baseline="host" if args.base else None,
             deadline=args.deadline,
         ) as publisher:
-            served = _served(engines) if args.base else set()
+            served = _served(engines, publisher.adapter) if args.base else set()
             if len(served) == 1 and (version := served.pop()) is not None:
                 publisher.start_from(args.base, version)
             try:
@@ -102,11 +102,11 @@ def run(args: argparse.Namespace) -> int:
 def _next_version(engines: Engines, adapter: str | None) -> int:
     if adapter is not None:
         return engines.adapters.next_version(adapter)
-    return 1 + max(-1 if version is None else version for version in _served(engines))
+    return 1 + max(-1 if version is None else version for version in _served(engines, None))
 
 
-def _served(engines: Engines) -> set[int | None]:
-    return {status.version for status in engines.status().values()}
+def _served(engines: Engines, adapter: str | None) -> set[int | None]:
+    return {status.serves(adapter) for status in engines.status().values()}
 
 
 def _plain(outcome: Any) -> Any:
