@@ -615,7 +615,7 @@ def test_scaling_goes_by_the_new_config(engine_of: Any, serves: Any) -> None:
         ({"encoded": (200,) * 5}, "5 sizes of deltas for 4 tensors"),
         ({"encoded": (1 << 40,) * 4}, "a delta of 1099511627776 bytes for 8192"),
         ({"staging": "none"}, "is for whole models"),
-        ({"partial": True}, "sent whole"),
+        ({"partial": True}, "of an adapter all tensors are sent"),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(changes: dict[str, Any], match: str) -> None:

@@ -165,6 +165,19 @@ def test_any_mix_of_updates_leaves_engine_and_trainer_equal(engine_of: Any, step
             assert same(engine.model, weights)
 
 
+def test_a_base_whose_tensors_come_in_another_order_is_one(engine_of: Any) -> None:
+    engine = engine_of()
+    weights = first(engine)
+    with ww.Publisher(weights, engine) as publisher:
+        publisher.publish(6)
+    last = {name: weights[name].clone() for name in reversed(weights)}
+    with ww.Publisher(weights, engine, baseline="host") as publisher:
+        publisher.start_from(last, version=6)
+        moved(weights, 0.01, 7)
+        assert publisher.publish(7, kind="delta").kind == "delta"
+    assert same(engine.model, weights)
+
+
 # -- another base --------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import weightwire as ww
+from weightwire.engines.transformers import ModuleTarget
 from weightwire.errors import ManifestError, MissingTensor, ShapeMismatch, SourceError, UnknownTensor, UnsupportedError
 from weightwire.sources import find
 from weightwire.sources.base import LocalSource
@@ -515,3 +517,32 @@ def test_fsdp2_on_two_ranks_reads_as_the_full_adapter_and_never_gathers(peft_lab
 
 def test_what_cannot_be_read_is_refused_on_all_ranks(peft_lab):
     peft_lab(refused, 2, seconds=120.0)
+
+
+def deltas(rank, _):
+    model, full = sharded_model()
+    engine, twin = (ww.TransformersEngine(base_model(), name=name) for name in ("here", "twin"))
+    said = []
+    with ww.Publisher(model, engine if rank == 0 else None, baseline="host", deadline=120.0) as publisher:
+        for version in range(1, 4):
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.detach().to_local().view(-1)[version::40] += 1
+            receipt = publisher.publish(version)
+            said.append(receipt.why)
+            state = {name: tensor.full_tensor() for name, tensor in model.state_dict().items() if ".lora_" in name}
+            if rank == 0:
+                whole = ww.Engines([twin]).adapters.load("policy", state, model.peft_config["policy"])
+                assert receipt.engines["here"].held == whole.engines["twin"].held
+                assert receipt.engines["here"].digests == whole.engines["twin"].digests
+        assert [why[:6] for why in said] == ["whole:", "delta:", "delta:"]
+        assert receipt.nbytes < sum(tensor.nbytes for tensor in full.values())
+        # What is spread is not cast by the trainer.
+        publisher._means.choices.clear()
+        with mock.patch.object(ModuleTarget, "adapter_dtype", "bfloat16"):
+            why = publisher.publish(4).why
+    assert why == "whole: here holds adapters in bfloat16, and this is sent as float32"
+
+
+def test_of_an_adapter_that_is_spread_over_ranks_each_encodes_what_it_holds(peft_lab):
+    peft_lab(deltas, 2, seconds=240.0)

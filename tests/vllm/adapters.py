@@ -184,6 +184,61 @@ def hundred(bench: Bench) -> dict[str, Any]:
     return {"unequal": unequal, "memory": memory, "held": held, "listed": list(bench.engines.adapters.list().values())}
 
 
+def step(model: Any, seed: int) -> None:
+    """As an optimiser might: one element in a hundred of the adapter changes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                chosen = torch.rand(parameter.shape, generator=generator) < 0.01
+                parameter[chosen.to(parameter.device)] *= -1.5
+
+
+def deltas(bench: Bench) -> dict[str, Any]:
+    """Several deltas in a row from a float32 adapter, each against its twin; one rank that fails in one; another base;
+    and a revision that came as a delta, loaded again after its eviction."""
+    model = bench.peft(seed=0, **VARIANTS["r16"]).float()
+    found: dict[str, Any] = {"steps": []}
+    how = {"adapter": "steps", "transport": "shm"}  # over cuda-ipc nothing travels
+    last = len(bench.rpc("process_id")) - 1
+
+    def published(publisher: ww.Publisher, version: int) -> dict[str, Any]:
+        receipt = publisher.publish(version)
+        said = {"why": receipt.why, "nbytes": receipt.nbytes}
+        return {**said, "ours": bench.generate("steps"), "twin": bench.from_file(model)}
+
+    with ww.Publisher(model, bench.engines, baseline="host", **how) as publisher:
+        for version in (1, 2, 3, 4):
+            found["steps"].append(published(publisher, version))
+            step(model, version)
+        before = found["steps"][-1]["ours"]
+        for at in ("write", "seal", "check", "commit"):
+            bench.rpc("fail_next_adapter", last, at)
+            try:
+                publisher.publish(5)
+                error = None
+            except ww.WeightwireError as failed:
+                error = str(failed)
+            found[at] = {"error": error, "same": bench.generate("steps") == before}
+        found["after"] = published(publisher, 6)
+        other = bench.peft(seed=1, **VARIANTS["r16"])
+        for version in (7, 8, 9, 10):
+            bench.publish(other, version, **how)
+        step(model, 11)
+        try:
+            publisher.publish(11, kind="delta")
+        except ww.VersionError as refused:
+            found["refused"] = str(refused)
+        found["other base"] = published(publisher, 11)
+        step(model, 12)
+        found["then"] = published(publisher, 12)
+    pinned = bench.generate("steps@12")
+    for number in range(6):
+        bench.from_file(bench.peft(seed=50 + number, **VARIANTS["r1"]))
+    found["evicted"] = bench.generate("steps@12") == pinned
+    return found
+
+
 def failures(bench: Bench) -> dict[str, Any]:
     """One rank fails at each step, with another engine beside it: all of them stay where they were."""
     import copy
@@ -250,7 +305,7 @@ def refusals(bench: Bench) -> dict[str, Any]:
 
 
 STEPS: dict[str, Callable[[Bench], dict[str, Any]]] = {
-    step.__name__: step for step in (variants, traps, hundred, failures, refusals)
+    step.__name__: step for step in (variants, traps, hundred, deltas, failures, refusals)
 }
 
 

@@ -11,9 +11,9 @@ from conftest import run_script
 
 ENGINES = {
     # What each engine is, and which steps of adapters.py it goes through.
-    "qwen3-float32-tp1": ("qwen3", "float32", 1, "variants,traps,hundred,refusals"),
-    "llama-bfloat16-tp1": ("llama", "bfloat16", 1, "variants,failures"),
-    "qwen3-bfloat16-tp2": ("qwen3", "bfloat16", 2, "variants,hundred,failures"),
+    "qwen3-float32-tp1": ("qwen3", "float32", 1, "variants,traps,hundred,refusals,deltas"),
+    "llama-bfloat16-tp1": ("llama", "bfloat16", 1, "variants,deltas,failures"),
+    "qwen3-bfloat16-tp2": ("qwen3", "bfloat16", 2, "variants,hundred,deltas,failures"),
     "llama-float32-tp2": ("llama", "float32", 2, "variants,traps,refusals"),
 }
 _NOT_VARIANTS = ("base", "base again")
@@ -109,6 +109,36 @@ def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any])
         # Three that can be had of each name, and one that was retired by the last.
         assert held <= 4 * len(names)
         assert cached <= 4  # `max_cpu_loras`
+
+
+@through("deltas")
+def test_deltas_of_an_adapter_equal_their_twins_from_a_folder(found: dict[str, Any]) -> None:
+    results = found["deltas"]
+    whole, *steps = results["steps"]
+    assert whole["why"].startswith("whole: nothing was published before")
+    for result in (*steps, results["after"], results["then"]):
+        assert result["why"].startswith("delta: "), result["why"]
+        assert result["nbytes"] < whole["nbytes"] / 5
+    every = [whole, *steps, results["after"], results["other base"], results["then"]]
+    for result in every:
+        assert result["ours"] == result["twin"]
+    assert len({str(result["ours"]) for result in every}) == len(every)
+    assert results["evicted"]
+
+
+@through("deltas")
+def test_a_delta_that_one_rank_fails_to_take_changes_nothing(found: dict[str, Any]) -> None:
+    for at in ("write", "seal", "check", "commit"):
+        assert "injected" in found["deltas"][at]["error"], at
+        assert found["deltas"][at]["same"], at
+
+
+@through("deltas")
+def test_an_engine_that_holds_the_base_no_more_refuses_by_name_and_gets_everything(found: dict[str, Any]) -> None:
+    results = found["deltas"]
+    assert "version 6 of adapter 'steps', from which the delta starts, is not held here: " in results["refused"]
+    assert results["other base"]["why"].startswith("whole: the delta was refused: ")
+    assert results["other base"]["nbytes"] == results["steps"][0]["nbytes"]
 
 
 @through("failures")

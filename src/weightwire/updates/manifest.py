@@ -123,7 +123,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if (self.staging != "copy" and self.adapter) or (self.staging == "none" and self.partial):
             raise ManifestError(f"staging {self.staging!r} is for whole models")
         if self.adapter is not None and (self.partial or self.aliases):
-            raise ManifestError("an adapter is sent whole, and has no aliases")
+            raise ManifestError("of an adapter all tensors are sent, and it has no aliases")
         self._check_delta()
         names: set[str] = set()
         for name in (*(spec.name for spec in self.tensors), *self.aliases, *self.aliases.values()):
