@@ -321,6 +321,18 @@ def test_a_base_of_the_right_version_and_other_elements_is_refused_by_name(engin
         assert serves(engine, None, tensors)
 
 
+def test_a_base_is_cast_as_what_follows_it(engine_of: Any, serves: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModuleTarget, "adapter_dtype", "bfloat16")
+    engine, tensors = engine_of(), adapter_of()
+    with publisher_of(tensors, engine, baseline=None) as publisher:
+        publisher.publish(6)
+    with publisher_of(tensors, engine) as publisher:
+        publisher.start_from(AdapterSource({name: t.clone() for name, t in tensors.items()}, CONFIG), version=6)
+        moved(tensors, 7)
+        receipt = publisher.publish(7, kind="delta")
+        assert serves(engine, receipt, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+
+
 def test_a_restarted_trainer_says_what_it_starts_from(engine_of: Any, serves: Any) -> None:
     engine, tensors = engine_of(), adapter_of()
     with publisher_of(tensors, engine, baseline=None) as publisher:
@@ -585,6 +597,22 @@ def test_a_base_that_goes_while_the_delta_arrives_is_refused(host: Host) -> None
         adapters.drop(host.listed[-1])
     with pytest.raises(ww.VersionError, match="policy@7 is held no more"):
         put_step(host)
+
+
+def test_a_base_that_cannot_be_read_is_refused_by_name(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ModuleAdapters, "_sent", fails)
+    with pytest.raises(ww.VersionError, match=r"policy@7 cannot be read: it broke.*Publish the whole adapter"):
+        put_step(host)
+
+
+def test_there_must_be_room_for_the_whole_and_for_what_changes(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    new, deltas = step()
+    target, revision = ModuleTarget(host.adapters[0]), Revision("policy", 8, 8)
+    needed = target.prepare_adapter(manifest_of(8, new), revision).nbytes + 12 * sum(each.nbytes for each in deltas)
+    monkeypatch.setattr(ModuleTarget, "room", lambda target: needed - 1)
+    with pytest.raises(ww.RoomError, match=f"the staged copy needs {needed} bytes on rank 0"):
+        put_step(host)
+    assert host.holds(7, adapter_of())
 
 
 def test_scaling_goes_by_the_new_config(engine_of: Any, serves: Any) -> None:

@@ -81,6 +81,29 @@ def test_a_commit_that_was_listed_is_undone_and_its_version_is_spent() -> None:
         revisions.open("policy", 8, "1")
 
 
+def test_what_is_held_is_found_by_its_version_until_it_is_freed() -> None:
+    revisions = Revisions(keep=1)
+    first, *_ = [loaded(revisions, "policy", version) for version in (1, 2, 3)]
+    assert revisions.find("policy", 1) is first
+    revisions.report(0, 1, [first.id])  # from here on it is not listed any more, and in flight
+    assert revisions.find("policy", 1) is first
+    revisions.report(0, 1, [])
+    assert revisions.free() == [first]
+    with pytest.raises(
+        VersionError, match=r"version 1 of adapter 'policy'.* is not held here: 2, 3\. Publish the whole"
+    ):
+        revisions.find("policy", 1)
+    with pytest.raises(VersionError, match=r"version 2 of adapter 'other'.* is not held here: none"):
+        revisions.find("other", 2)
+
+
+def test_of_two_of_one_version_the_one_that_was_not_undone_is_found() -> None:
+    revisions = Revisions()
+    assert revisions.revert(loaded(revisions, "policy", 1))
+    again = loaded(revisions, "policy", 1)
+    assert revisions.find("policy", 1) is again
+
+
 def test_an_id_that_is_taken_is_not_given_again() -> None:
     revisions = Revisions()
     revisions.commit(revisions.open("policy", 1, "abc"))
