@@ -44,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--base",
         type=Path,
         metavar="CHECKPOINT",
-        help="what the engines serve, a model pushed with --base as well: send only what changed since, if they agree",
+        help="what the engines serve, of a model pushed with --base too: send only what changed since, if they agree",
     )
     parser.add_argument("--to", action="append", required=True, metavar="URL", help="an engine; may be given again")
     parser.add_argument("--version", type=int, metavar="N", help="default: one more than any of the engines has")

@@ -27,7 +27,7 @@ Held = Callable[[], Mapping[str, torch.Tensor]]
 def whole(manifest: Manifest) -> Manifest:
     """That of the adapter that a delta leads to.
 
-    >>> from weightwire.updates.manifest import Adapter
+    >>> from weightwire.updates.manifest import Adapter, TensorSpec
     >>> spec, adapter = TensorSpec(name="q.lora_A.weight", dtype="float32", shape=(2, 4)), Adapter(name="p", config={})
     >>> delta = Manifest(version=7, kind="adapter", adapter=adapter, tensors=(spec,), base_version=6, encoded=(96,))
     >>> delta.nbytes, whole(delta).nbytes
