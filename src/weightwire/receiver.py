@@ -43,7 +43,7 @@ from weightwire.errors import (
 )
 from weightwire.pull import pull, room_for
 from weightwire.revisions import Revision, Revisions
-from weightwire.target import AdapterStaging, DeltaStaging, Encoded, Staging, TakesBuckets, Target
+from weightwire.target import AdapterStaging, DeltaStaging, Encoded, Staging, TakesBuckets, Target, computed_by
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import (
@@ -688,7 +688,8 @@ class Receiver:
 
     def _prove(self, update: _Update) -> dict[str, Any]:
         try:
-            return {"proven": update.staging.proof(), "held": update.adapter and update.adapter.held()}
+            held = update.adapter and update.adapter.held()
+            return {"proven": update.staging.proof(), "held": held, "computed": [*computed_by(update.staging)]}
         except WeightwireError as error:
             self.poison(str(error))
             raise

@@ -14,7 +14,7 @@ from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "DeltaStaging", "Encoded", "Staging", "TakesBuckets", "Target"]
+__all__ = ["AdapterStaging", "Computes", "DeltaStaging", "Encoded", "Staging", "TakesBuckets", "Target", "computed_by"]
 
 
 class Staging(Protocol):
@@ -65,6 +65,14 @@ class TakesBuckets(Protocol):
         the engine stands still while it is read at commit. Whether it will be staged."""
 
 
+@runtime_checkable
+class Computes(Protocol):
+    """A `Staging` of which some parameters are not what was sent."""
+
+    computed: Sequence[str]
+    """Those that the model's own loader makes of what was sent, by more than slicing, casting and copying."""
+
+
 class AdapterStaging(Staging, Protocol):
     """A LoRA adapter's staged copy. With `check` it enters the engine, beside the revisions being served and unknown to
     requests; `commit` has nothing left to do but to keep it, and `discard` forgets it only if it was not committed."""
@@ -86,6 +94,11 @@ class DeltaStaging(Staging, Encoded, Protocol):
 
     def undo(self) -> None:
         """Put back, bit for bit, what `commit` has changed, however far it came. Raises when that cannot be shown."""
+
+
+def computed_by(staging: Staging) -> Sequence[str]:
+    """`Computes.computed`, or none."""
+    return staging.computed if isinstance(staging, Computes) else ()
 
 
 class Target(Protocol):

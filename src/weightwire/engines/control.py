@@ -395,6 +395,7 @@ class Control:
         return msgspec.convert(
             {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": paused,
              "proven": weakest(proof["proven"] for proof in proofs),
+             "computed": sorted({name for proof in proofs for name in proof["computed"]}),
              "held": [proof["held"] for proof in proofs if proof["held"] is not None]}, EngineReceipt,
         )  # fmt: skip
 

@@ -38,7 +38,8 @@ def weakest(proofs: Iterable[Mapping[str, Proof]]) -> dict[str, Proof]:
 class EngineReceipt(msgspec.Struct, frozen=True, kw_only=True):
     """One engine's account of one update. Seconds are by phase: begin, stage, seal, commit, verify; `pause` is how
     long generation stood still. `proven` maps each live parameter to its `Proof`, the weakest over all ranks;
-    `digests` maps each tensor sent to the digest that was verified.
+    `digests` maps each tensor sent to the digest that was verified. `computed` names the parameters that are not copies
+    of what was sent: the model's own loader made them of it before the commit, and their proof is of what it made.
 
     For a LoRA adapter, `adapter` is the label of the revision (`policy@7`), `proven` names the modules that it is bound
     to, and `held` is one digest for each rank of what those modules hold there. Its pause is zero."""
@@ -56,6 +57,7 @@ class EngineReceipt(msgspec.Struct, frozen=True, kw_only=True):
     digests: dict[str, str]
     adapter: str | None = None
     held: list[str] = []
+    computed: list[str] = []
 
     @property
     def parameters(self) -> int:
