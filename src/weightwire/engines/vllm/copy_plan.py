@@ -2,7 +2,8 @@
 
 It is recorded by running the model's `load_weights` once, on the twin from `skeleton`, with meta tensors of the
 announced shapes, under a dispatch mode that notes every `copy_` from an incoming tensor into a parameter. So the
-loaders themselves say what they do; what does more than view, cast and copy is noticed and refused by name.
+loaders themselves say what they do. Where one does more than slice, cast and copy, the plan says which tensors a
+parameter is computed from, by whatever operations, so that the loader can be run on these alone (`computed`).
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from weightwire.errors import ManifestError, MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedError
+from weightwire.engines.vllm.computed import Group, batched, groups_of, in_turn, named
+from weightwire.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedError, WeightwireError
 from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.manifest import Manifest, TensorSpec
 
@@ -68,17 +72,20 @@ class Fill(NamedTuple):
 @dataclass(slots=True)
 class Plan:
     """`copies[t]` for tensor number t of the manifest; `fills` and `covered` (elements written) by parameter; `runs`
-    of each parameter that is nothing but whole tensors laid end to end, bit for bit, in this order."""
+    of each parameter that is nothing but whole tensors laid end to end, bit for bit, in this order. Parameters in
+    `computed` have no copies; `reads` says which parts of the tensors they are computed from are used."""
 
     copies: list[list[Copy]]
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
     covered: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     runs: dict[str, list[Run]] = field(default_factory=dict)
+    computed: list[Group] = field(default_factory=list)
+    reads: dict[int, list[Box]] = field(default_factory=dict)
 
     @property
     def takes(self) -> list[list[Box]]:
         """Which parts of each tensor go anywhere (`target.Staging.takes`)."""
-        return [[copy.source for copy in copies] for copies in self.copies]
+        return [self.reads.get(number) or [copy.source for copy in copies] for number, copies in enumerate(self.copies)]
 
     def places(self, spec: TensorSpec, number: int, start: int, count: int) -> Iterator[Place]:
         """Where elements `start .. start + count` (row-major) of a tensor go, given as one run of elements."""
@@ -110,6 +117,17 @@ class Plan:
 
 def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
     """The plan for a manifest, or the error that says why there is none. Touches nothing but the twin."""
+    with in_turn:
+        recorder = _recorded(twin, manifest)
+        recorder.finish()
+        plan = recorder.plan
+        for group in plan.computed:
+            _refuse_entangled(twin, manifest, group, recorder)
+        plan.runs = _runs(plan, manifest.tensors, dict(twin.named_parameters()))
+    return plan
+
+
+def _recorded(twin: torch.nn.Module, manifest: Manifest) -> _Recorder:
     recorder = _Recorder(twin, manifest)
     current = [""]
 
@@ -122,13 +140,27 @@ def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
     try:
         with recorder, torch.no_grad():
             load(weights())  # type: ignore[operator]
-    except ManifestError:
+    except WeightwireError:
         raise
     except Exception as error:
         raise _explain(error, current[0], recorder) from error
-    recorder.check()
-    recorder.plan.runs = _runs(recorder.plan, manifest.tensors, dict(twin.named_parameters()))
-    return recorder.plan
+    return recorder
+
+
+def _refuse_entangled(twin: torch.nn.Module, manifest: Manifest, group: Group, whole: _Recorder) -> None:
+    """Raise unless a loader that is given only what the parameters of a group are computed from fills them as it does
+    when it is given everything."""
+    specs = tuple(manifest.tensors[number] for number in group.tensors)
+    aliases = {a: n for a, n in manifest.aliases.items() if n in {spec.name for spec in specs}}
+    try:
+        apart = _recorded(twin, msgspec.structs.replace(manifest, tensors=specs, aliases=aliases))
+    except WeightwireError as error:
+        raise UnsupportedError(f"{_some(group.parameters)} cannot be loaded without the rest: {error}") from error
+    if unlike := [name for name in group.parameters if apart.how(name) != whole.how(name)]:
+        raise UnsupportedError(
+            f"{_some(unlike)} is loaded otherwise with the rest than without it",
+            next_step="This architecture cannot be updated exactly yet.",
+        )
 
 
 def _runs(plan: Plan, specs: Sequence[TensorSpec], parameters: Mapping[str, torch.Tensor]) -> dict[str, list[Run]]:
@@ -150,57 +182,102 @@ def _fills_up(runs: Sequence[Run], numel: int) -> bool:
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows incoming tensors, by their storages. `written` has the regions of each parameter that were set."""
+
     def __init__(self, twin: torch.nn.Module, manifest: Manifest) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.manifest = manifest
         self.plan = Plan([[] for _ in manifest.tensors])
         self.incoming: dict[str, torch.Tensor] = {}
+        self.written: dict[str, set[tuple[int, tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
         self._parameters: dict[int, str] = {}
-        self._tensors: dict[int, int] = {}
+        self._tensors: dict[int, int] = {}  # of which all elements are at their places
+        self._made_of: dict[int, frozenset[int]] = defaultdict(frozenset)
+        self._reads: dict[int, set[Box]] = defaultdict(set)
         self._computed: dict[str, str] = {}
         self._keep: list[torch.Tensor] = []  # a storage's address names it only while it lives
         self.shapes: dict[str, tuple[int, ...]] = {}
         for name, parameter in twin.named_parameters():
             self._parameters[_storage(parameter)] = name
             self.shapes[name] = tuple(parameter.shape)
-        numbers = {spec.name: number for number, spec in enumerate(manifest.tensors)}
-        for name, number in [*numbers.items(), *((a, numbers[n]) for a, n in manifest.aliases.items())]:
+        for name, number in named(manifest):
             spec = manifest.tensors[number]
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
             self.incoming[name] = tensor
             self._tensors[_storage(tensor)] = number
+            self._made_of[_storage(tensor)] = frozenset({number})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        target = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if target is None:
-            return result
-        parameter = self._parameters.get(_storage(target))
-        if func is torch.ops.aten.copy_.default:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given, made = _tensors_in((args, kwargs)), _tensors_in(result)
+        changed = _changed(func, args, kwargs)
+        self._note_use(func, given, made, changed)
+        for target in changed:
+            parameter = self._parameters.get(_storage(target))
             if parameter is not None:
-                self._copied(parameter, target, args[1])
-        elif func in _FILLS:
-            if parameter is not None and target.numel():
-                value = 0.0 if len(args) < 2 else float(args[1])
-                shape, strides = tuple(target.shape), target.stride()
-                self.plan.fills[parameter].append(Fill(value, int(target.storage_offset()), shape, strides))
-                self.plan.covered[parameter] += target.numel()
-        elif func in _CASTS:
-            self._cast(target, result)
-        elif parameter is not None and func._schema.is_mutable:
-            self._computed[parameter] = str(func)
+                self._note_write(func, args, parameter, target)
+            self._tensors.pop(_storage(target), None)
         return result
 
-    def _cast(self, source: torch.Tensor, result: torch.Tensor) -> None:
+    def _note_use(
+        self, func: Any, given: list[torch.Tensor], made: list[torch.Tensor], changed: list[torch.Tensor]
+    ) -> None:
+        known, views = {_storage(tensor) for tensor in given}, {_storage(tensor) for tensor in made}
+        sources = frozenset[int]().union(*(self._made_of[storage] for storage in known))
+        for tensor in made:
+            if _storage(tensor) not in known:
+                self._made_of[_storage(tensor)] = sources
+                self._tensors.pop(_storage(tensor), None)
+                self._keep.append(tensor)
+        for tensor in changed:
+            self._made_of[_storage(tensor)] = sources
+        if func in _CASTS and self._cast(given[0], made[0]):
+            return
+        over = {_storage(tensor) for tensor in changed} if func in _OVERWRITES else set()
+        for tensor in given:
+            storage = _storage(tensor)
+            if storage in over or (storage in views and not changed):
+                continue
+            if (number := self._tensors.get(storage)) is not None:
+                shape = self.manifest.tensors[number].shape
+                steps = tensor.stride()
+                ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -steps[d]))
+                self._reads[number].add(_box(shape, ordered) or Box((0,) * len(shape), shape))
+            elif (parameter := self._parameters.get(storage)) is not None:
+                self._computed.setdefault(parameter, "its loader reads it")
+
+    def _cast(self, source: torch.Tensor, result: torch.Tensor) -> bool:
         # A cast of a whole tensor has the same elements at the same places; of anything else we no longer know.
         number = self._tensors.get(_storage(source))
-        if number is not None and source.numel() == self.manifest.tensors[number].numel and source.is_contiguous():
-            self._tensors[_storage(result)] = number
-            self._keep.append(result)
+        if number is None or not self._holds(source, number):
+            return False
+        if source.numel() != self.manifest.tensors[number].numel or not source.is_contiguous():
+            return False
+        self._tensors[_storage(result)] = number
+        return True
+
+    def _holds(self, cast: torch.Tensor, number: int) -> bool:
+        """Whether no element of a tensor was rounded by casts to this one's dtype."""
+        dtype = getattr(torch, self.manifest.tensors[number].dtype)
+        return torch.promote_types(dtype, cast.dtype) == cast.dtype
+
+    def _note_write(self, func: Any, args: Any, parameter: str, target: torch.Tensor) -> None:
+        shape, strides = tuple(target.shape), tuple(target.stride())
+        if func in _OVERWRITES and target.numel():
+            self.written[parameter].add((int(target.storage_offset()), shape, strides))
+        if func is torch.ops.aten.copy_.default:
+            self._copied(parameter, target, args[1])
+        elif func not in _OVERWRITES:
+            self._computed[parameter] = str(func)
+        elif target.numel():
+            value = 0.0 if len(args) < 2 else float(args[1])
+            self.plan.fills[parameter].append(Fill(value, int(target.storage_offset()), shape, strides))
+            self.plan.covered[parameter] += target.numel()
 
     def _copied(self, parameter: str, target: torch.Tensor, source: torch.Tensor) -> None:
         number = self._tensors.get(_storage(source))
-        if number is None:
+        if number is None or not (source.dtype == target.dtype or self._holds(source, number)):
             self._computed[parameter] = "a copy of something computed"
             return
         box = _box(self.manifest.tensors[number].shape, source)
@@ -211,37 +288,78 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.plan.copies[number].append(Copy(box, parameter, int(target.storage_offset()), strides))
         self.plan.covered[parameter] += target.numel()
 
-    def check(self) -> None:
-        """Every tensor went somewhere, and every parameter was filled by copies alone."""
-        if self._computed:
-            what = "; ".join(f"{name}: {why}" for name, why in list(self._computed.items())[:3])
-            raise UnsupportedError(
-                f"the loader of {len(self._computed)} parameters does more than copy ({what})",
-                next_step="This architecture cannot be updated exactly yet.",
-            )
-        unused = [s.name for s, copies in zip(self.manifest.tensors, self.plan.copies, strict=True) if not copies]
+    def how(self, parameter: str) -> object:
+        """What was seen of a loader's work on a parameter."""
+        return self.written[parameter], self._computed.get(parameter)
+
+    def finish(self) -> None:
+        """Settle what is computed. Every tensor went somewhere, and every parameter was filled."""
+        self._set_computed_apart()
+        plan, specs = self.plan, self.manifest.tensors
+        unused = [s.name for n, s in enumerate(specs) if not plan.copies[n] and n not in plan.reads]
         if unused:
             raise UnknownTensor(
                 f"the engine has no place for {_some(unused)}",
-                next_step="Leave it out. A tied output head is sent once, as the input embedding.",
+                next_step="Leave it out. A tied output head is sent once, as the input embedding."
+                + (" What is loaded together is sent together." if self.manifest.partial else ""),
             )
-        missing = [n for n, shape in self.shapes.items() if self.plan.covered[n] < _count(shape)]
+        missing = [n for n, shape in self.shapes.items() if plan.covered[n] < _count(shape)]
         if missing and not self.manifest.partial:
             raise MissingTensor(
                 f"nothing was sent for {_some(missing)}",
                 next_step="Send every parameter of the model, or publish with partial=True.",
             )
 
+    def _set_computed_apart(self) -> None:
+        plan, specs = self.plan, self.manifest.tensors
+        needs = {name: self._made_of[storage] for storage, name in self._parameters.items() if name in self._computed}
+        for name, why in self._computed.items():
+            plan.covered[name] = sum(_count(shape) for _, shape, _ in self.written[name])
+            some = plan.covered[name] < _count(self.shapes[name])
+            if not needs[name] or (some and why.startswith("aten")):
+                raise UnsupportedError(
+                    f"the loader of {name} does more than can be followed ({why})",
+                    next_step="This architecture cannot be updated exactly yet.",
+                )
+            if some and self.manifest.partial:
+                sent = [specs[number].name for number in sorted(needs[name])]
+                raise UnsupportedError(
+                    f"{name} is computed from more than was sent, which is {_some(sent)}",
+                    next_step="Send all that it is computed from.",
+                )
+        plan.copies = [[copy for copy in copies if copy.parameter not in needs] for copies in plan.copies]
+        plan.computed = batched(groups_of(needs), specs)
+        plan.reads = {n: sorted(self._reads[n]) for group in plan.computed for n in group.tensors}
+
 
 _FILLS = {torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default}
+_OVERWRITES = {torch.ops.aten.copy_.default, *_FILLS}
 _CASTS = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 
 
-def _explain(error: Exception, name: str, recorder: _Recorder) -> ManifestError:
+def _tensors_in(values: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+
+
+def _changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """Those that an operation writes to."""
+    if not func._schema.is_mutable:
+        return []
+    values = [kwargs.get(a.name, args[k] if k < len(args) else None) for k, a in enumerate(func._schema.arguments)]
+    pairs = zip(func._schema.arguments, values, strict=True)
+    return _tensors_in([value for argument, value in pairs if argument.alias_info and argument.alias_info.is_write])
+
+
+def _explain(error: Exception, name: str, recorder: _Recorder) -> WeightwireError:
     # A loader refuses a wrong shape with an assertion or a runtime error, and an unknown name with the others.
     text = str(error).splitlines()[0][:300] if str(error) else type(error).__name__
     if isinstance(error, (KeyError, ValueError, AttributeError)):
         return UnknownTensor(f"the engine has no place for {name}: {text}")
+    if isinstance(error, RuntimeError) and "meta tensor" in text:
+        return UnsupportedError(
+            f"the loader of {name} looks at its elements: {text}",
+            next_step="This architecture cannot be updated exactly yet.",
+        )
     shape = tuple(recorder.incoming[name].shape) if name in recorder.incoming else ()
     return ShapeMismatch(f"{name} with shape {shape} does not fit: {text}")
 
@@ -295,5 +413,5 @@ def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

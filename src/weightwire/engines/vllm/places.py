@@ -29,7 +29,7 @@ class Places:
         if spec not in self._known:
             plan = copy_plan.record(self._twin, alone(spec))
             self._refuse_kind(spec, plan.covered)
-            self._known[spec] = [copy.source for copy in plan.copies[0]], dict(plan.covered)
+            self._known[spec] = plan.takes[0], dict(plan.covered)
         return self._known[spec][0]
 
     def missing(self, specs: Sequence[TensorSpec]) -> list[str]:

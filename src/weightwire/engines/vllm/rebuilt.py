@@ -12,7 +12,7 @@ import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.layout import Slot
-from weightwire.target import Staging
+from weightwire.target import Staging, computed_by
 from weightwire.updates.boxes import Box
 from weightwire.updates.delta import Patch
 from weightwire.updates.digest import Digest, Scan
@@ -38,6 +38,7 @@ class Keeping:
         self._host = host
         self.nbytes = inner.nbytes + sum(tensor.nbytes for tensor in host.tensors)
         self.check, self.seal, self.proof, self.discard = inner.check, inner.seal, inner.proof, inner.discard
+        self.computed = computed_by(inner)
 
     @property
     def takes(self) -> Sequence[Sequence[Box]] | None:
@@ -70,6 +71,7 @@ class Rebuilt(ArrivingDelta):
         self.after: Sequence[Digest] = ()
         self.nbytes += inner.nbytes
         self.proof = inner.proof
+        self.computed = computed_by(inner)
         for slot in self._slots:
             slot.undoable = True
 

@@ -17,6 +17,7 @@ import torch
 
 from weightwire.engines.vllm import copy_plan, layout, skeleton
 from weightwire.engines.vllm.adapters import AdapterStore
+from weightwire.engines.vllm.computed import Ingredients
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
@@ -101,7 +102,9 @@ class VllmTarget:
         from weightwire.engines.vllm.device import DeviceStaging, Held, Tables  # needs Triton
 
         self._tables, self._held = self._tables or Tables(), self._held or Held()
-        return DeviceStaging(manifest, plan, self._live(), self._worker.device, self._tables, self._held)
+        return DeviceStaging(
+            manifest, plan, self._live(), self._worker.device, self._tables, self._held, twin=self._twin
+        )
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
         live: dict[str, dict[int, torch.Tensor]] = {}
@@ -224,6 +227,8 @@ class _Staged:
         self._manifest = manifest
         self._plan = plan
         self._twin = dict(twin.named_parameters())
+        self._ingredients = Ingredients(twin, manifest, plan.computed, self._allocate)
+        self.computed = self._ingredients.parameters
         self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
         self._staged: dict[str, torch.Tensor] = {}
         self._spare = spare
@@ -231,8 +236,9 @@ class _Staged:
         self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
         self.nbytes = sum(self._twin[name].nbytes for name in self._users)
         self.nbytes += sum(self._twin[s.parameters["weight"]].nbytes for s in self._slots if s.packs_beside)
-        self._awaited = Counter[str]()
-        self._cast: set[str] = set()
+        self.nbytes += self._ingredients.nbytes
+        self._awaited = Counter[str](self.computed)
+        self._cast = set(self.computed)  # or more than that
         for spec, copies in zip(manifest.tensors, plan.copies, strict=True):
             for copy in copies:
                 self._awaited[copy.parameter] += math.prod(copy.source.shape)
@@ -247,6 +253,7 @@ class _Staged:
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
         spec, copies = self._manifest.tensors[tensor], self._plan.copies[tensor]
+        made = self._ingredients.write(tensor, start, data)
         for copy in copies:
             if copy.parameter not in self._staged:
                 self._allocate(copy.parameter)
@@ -257,6 +264,7 @@ class _Staged:
             written = {copies[0].parameter: data.numel()}
         else:
             written = self._plan.write(spec, tensor, start, data, self._staged)
+        written |= dict.fromkeys(made, 1)
         self._awaited.subtract(written)
         if not all(self._awaited[name] for name in written):
             self._make_ready_what_is_complete()
@@ -327,6 +335,7 @@ class _Staged:
         for ready in self._ready:
             ready.cancel()
         wait(self._ready)
+        self._ingredients.discard()
         for name in list(self._staged):
             self._spare.keep(self._staged.pop(name))
         for slot in self._slots:
@@ -335,12 +344,13 @@ class _Staged:
         self._unasked.clear()
         self._slots.clear()
 
-    def _allocate(self, name: str) -> None:
+    def _allocate(self, name: str) -> torch.Tensor:
         parameter = self._twin[name]
         staged = self._spare.take(parameter)
         for fill in self._plan.fills.get(name, ()):
             staged.as_strided(fill.shape, fill.strides, fill.offset).fill_(fill.value)
         self._staged[name] = staged
+        return staged
 
     def _keep_what_is_not_sent(self) -> None:
         # A parameter may be sent in part, and a module is packed from all of its parameters.
@@ -348,5 +358,4 @@ class _Staged:
             for own, name in slot.parameters.items():
                 shape = self._twin[name].shape
                 if self._plan.covered.get(name, 0) < shape.numel() and name not in self._staged:
-                    self._allocate(name)
-                    self._staged[name].copy_(slot.current(own, tuple(shape)))
+                    self._allocate(name).copy_(slot.current(own, tuple(shape)))
