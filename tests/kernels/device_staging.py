@@ -1,4 +1,5 @@
-"""Whole models into live parameters by the copy plan: from buckets by one launch each, and again from kept tables."""
+"""Whole models into live parameters by the copy plan: from buckets by one launch each, and again from kept tables; and
+by a model's own loader, where it computes."""
 
 import msgspec
 import pytest
@@ -6,8 +7,11 @@ import torch
 from tests.kernels.device import DEVICE
 from tests.kernels.device_delta import Rank, weights
 
+from weightwire.engines.vllm.copy_plan import record
 from weightwire.engines.vllm.device import DeviceStaging, Held, Tables
-from weightwire.errors import VerificationError
+from weightwire.engines.vllm.device_delta import DeviceDelta
+from weightwire.errors import NonFinite, UnsupportedError, VerificationError
+from weightwire.sources.tensors import TensorSource
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import scan
 from weightwire.updates.manifest import Manifest
@@ -103,3 +107,125 @@ def test_another_digest_than_what_is_live_is_noticed(rank):
     staging.commit()
     with pytest.raises(VerificationError, match="whole"):
         staging.proof()
+
+
+class Computing(torch.nn.Module):
+    """One weight is a copy; one is computed from another tensor, one is joined from what the first is a copy of and a
+    third tensor."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.plain, self.log, self.joined = (
+            torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+            for shape, dtype in (((4, 6), torch.bfloat16), ((5,), torch.float32), ((4, 9), torch.bfloat16))
+        )
+
+    def load_weights(self, weights):
+        halves = {}
+        for name, tensor in weights:
+            if name == "log":
+                self.log.data.copy_(-torch.exp(tensor.float()))
+                continue
+            if name == "plain":
+                self.plain.data.copy_(tensor)
+            halves[name] = tensor
+            if len(halves) == 2:
+                self.joined.data.copy_(torch.cat([halves["plain"], halves["other"]], dim=1))
+
+
+class ComputingRank:
+    def __init__(self):
+        self.live, self.twin, self.held = Computing(DEVICE), Computing("meta"), Held()
+        self.tables, self.plans = Tables(), {}
+
+    @staticmethod
+    def weights(seed, dtype=torch.bfloat16):
+        generator = torch.Generator().manual_seed(seed)
+        shapes = {"plain": (4, 6), "log": (5,), "other": (4, 3)}
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+    def begin(self, full, **how):
+        manifest = Manifest(version=1, tensors=tuple(TensorSource(full).metadata()), **how)
+        plan = self.plans.setdefault(manifest.tensors, record(self.twin, manifest))
+        live = {name: [parameter.detach()] for name, parameter in self.live.named_parameters()}
+        return manifest, DeviceStaging(manifest, plan, live, DEVICE, self.tables, self.held, self.twin)
+
+    def end(self, staging, full):
+        staging.seal([scan(tensor) for tensor in full.values()])
+        staging.commit()
+        proof = staging.proof()
+        staging.discard()
+        return proof
+
+    def holds(self, full):
+        fresh = Computing(DEVICE)
+        fresh.load_weights(full.items())
+        return all(torch.equal(p, self.live.get_parameter(name)) for name, p in fresh.named_parameters())
+
+
+def by_lending(staging, manifest, full):
+    lent = [tensor.to(DEVICE) for tensor in full.values()]
+    for number, tensor in enumerate(lent):
+        staging.lend(number, tensor)
+    return lent
+
+
+def by_runs(staging, manifest, full):
+    for number, tensor in enumerate(full.values()):
+        for start in range(0, tensor.numel(), 4):
+            staging.write(number, start, tensor.reshape(-1)[start : start + 4].to(DEVICE))
+
+
+@pytest.mark.parametrize(
+    ("how", "staging"), [(by_buckets, "copy"), (by_runs, "copy"), (by_lending, "lent"), (by_lending, "copy")]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_a_loader_computes_is_staged_and_read_back(few_rows, how, staging, dtype):
+    rank = ComputingRank()
+    for seed in (1, 2):
+        full = rank.weights(seed, dtype)
+        manifest, staged = rank.begin(full, staging=staging)
+        kept = how(staged, manifest, full)
+        assert sorted(staged.computed) == ["joined", "log"]
+        assert rank.end(staged, full) == dict.fromkeys(("plain", "log", "joined"), "read back")
+        assert rank.holds(full)
+        assert all(parameter.is_meta for parameter in rank.twin.parameters())
+        del kept
+
+
+def test_what_is_lent_needs_memory_for_what_is_computed_alone(few_rows):
+    rank = ComputingRank()
+    sizes = {kind: rank.begin(rank.weights(1), staging=kind)[1].nbytes for kind in ("copy", "lent")}
+    assert sizes == {"copy": 3 * 256, "lent": 2 * 256}
+
+
+def test_a_computed_parameter_that_is_not_what_was_staged_is_noticed(few_rows):
+    rank, full = ComputingRank(), ComputingRank.weights(1)
+    manifest, staging = rank.begin(full)
+    by_buckets(staging, manifest, full)
+    staging.seal([scan(tensor) for tensor in full.values()])
+    staging.commit()
+    rank.live.joined.data[2, 3] += 1
+    with pytest.raises(VerificationError, match="joined"):
+        staging.proof()
+
+
+def test_what_becomes_infinite_in_the_loader_is_refused(few_rows):
+    rank, full = ComputingRank(), ComputingRank.weights(1)
+    full["log"][2] = 200
+    manifest, staging = rank.begin(full)
+    by_buckets(staging, manifest, full)
+    with pytest.raises(NonFinite, match="log"):
+        staging.seal([scan(tensor) for tensor in full.values()])
+
+
+def test_without_a_staged_copy_and_by_deltas_nothing_is_computed(few_rows):
+    rank, full = ComputingRank(), ComputingRank.weights(1)
+    with pytest.raises(UnsupportedError, match=r"log is computed by the model's loader.*without staging='none'"):
+        rank.begin(full, staging="none")
+    manifest, staging = rank.begin(full)
+    by_buckets(staging, manifest, full)
+    rank.end(staging, full)
+    of = msgspec.structs.replace(manifest, version=2, kind="delta", base_version=1, encoded=(1, 1, 1))
+    with pytest.raises(UnsupportedError, match=r"log is computed by the model's loader.*kind='dense'"):
+        DeviceDelta(of, rank.plans[manifest.tensors], {}, DEVICE, rank.held)

@@ -2,7 +2,8 @@
 
 What arrives is put where it belongs in spare memory of the parameters' own shapes while the engine generates. What the
 trainer lends out of its own memory on the same GPU stays there: it is read once for its digest, and once more at
-commit. With `staging="none"` what arrives goes into the live parameters themselves.
+commit; only parameters that are cast, or that the model's loader computes, are staged then. With `staging="none"` what
+arrives goes into the live parameters themselves.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 
 from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
+from weightwire.engines.vllm.computed import Ingredients
 from weightwire.engines.vllm.copy_plan import Copy, Plan
 from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
-from weightwire.updates.boxes import rows_of, strides_of
-from weightwire.updates.buckets import Bucket
+from weightwire.updates.boxes import Box, rows_of, strides_of
+from weightwire.updates.buckets import Bucket, Piece
 from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec
@@ -42,7 +44,8 @@ _ALIGNMENT = 256  # bytes, as torch's own memory has
 
 
 class Region(NamedTuple):
-    """One copy of a plan, in memory: from `source`, with strides in elements of the checkpoint tensor's dimensions."""
+    """One copy of a plan, in memory: from `source`, with strides in elements of the checkpoint tensor's dimensions. Or
+    all of a computed parameter, which is of no tensor that was `sent`; it has a number among its like."""
 
     spec: TensorSpec
     number: int
@@ -50,6 +53,7 @@ class Region(NamedTuple):
     live: torch.Tensor
     source: int
     strides: Sequence[int]
+    sent: bool = True
 
     @property
     def target(self) -> int:
@@ -57,8 +61,12 @@ class Region(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether it holds every element of its tensor, bit for bit."""
-        return self.copy.source.shape == self.spec.shape and self.live.dtype == getattr(torch, self.spec.dtype)
+        """Whether it holds every element of a tensor that was sent, bit for bit."""
+        return (
+            self.sent
+            and self.copy.source.shape == self.spec.shape
+            and self.live.dtype == getattr(torch, self.spec.dtype)
+        )
 
     def moves(self) -> list[Move]:
         rows = rows_of(self.copy.source.shape, self.strides, self.copy.strides)
@@ -107,7 +115,7 @@ class Held:
 
 class DeviceStaging:
     """One update on one rank. `live` has the tensors of each parameter of the plan, each memory once. What is live and
-    proven in the end is noted in `held`."""
+    proven in the end is noted in `held`. A plan with computed parameters needs the twin that it was recorded on."""
 
     def __init__(
         self,
@@ -117,6 +125,7 @@ class DeviceStaging:
         device: torch.device,
         tables: Tables,
         held: Held,
+        twin: torch.nn.Module | None = None,
     ) -> None:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
         self._held = held
@@ -126,16 +135,23 @@ class DeviceStaging:
         self._staged: dict[str, torch.Tensor] = {}
         self._regions: list[Region] = []
         self._expected: list[Scan] = []
+        self._ingredients = Ingredients(twin, manifest, plan.computed, self._allocated)
+        self.computed = self._ingredients.parameters
         self._cast = {
             copy.parameter
             for spec, copies in zip(manifest.tensors, plan.copies, strict=True)
             for copy in copies
             if live[copy.parameter][0].dtype != getattr(torch, spec.dtype)
         }
-        named = {copy.parameter for copies in plan.copies for copy in copies}
+        named = {copy.parameter for copies in plan.copies for copy in copies}.union(self.computed)
         # Of a tensor that is cast on its way into one parameter, all is written.
         cast = {c.parameter for copies in plan.copies if any(c.parameter in self._cast for c in copies) for c in copies}
         if manifest.staging == "none":
+            if self.computed:
+                raise UnsupportedError(
+                    f"{self.computed[0]} is computed by the model's loader, which needs a staged copy",
+                    next_step="Publish without staging='none'.",
+                )
             if apart := [name for name in named if len(live[name]) > 1]:
                 raise UnsupportedError(
                     f"{apart[0]} is in {len(live[apart[0]])} places of the live model, which needs a staged copy",
@@ -143,10 +159,14 @@ class DeviceStaging:
                 )
             self._staged = {name: live[name][0] for name in named}
         self._all = sorted(named)
-        self._own = {"copy": self._all, "lent": sorted(cast), "none": []}[manifest.staging]
+        self._own = {"copy": self._all, "lent": sorted(cast.union(self.computed)), "none": []}[manifest.staging]
         self.nbytes = self._size(self._own)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
+        self._ingredients.write(tensor, start, data)
+        self._copy_in(tensor, start, data)
+
+    def _copy_in(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._allocate()
         self._plan.write(self._manifest.tensors[tensor], tensor, start, data.to(self._device), self._staged)
 
@@ -154,19 +174,25 @@ class DeviceStaging:
         """`write` of each of its pieces, out of the whole bucket, by one launch where nothing is cast on the way."""
         self._allocate()
         copies = self._plan.copies
+        for piece in bucket.pieces:
+            if piece.tensor in self._ingredients:
+                self._ingredients.write(piece.tensor, piece.start, self._run(piece, data))
         if data.device != self._device or any(
             c.parameter in self._cast for p in bucket.pieces for c in copies[p.tensor]
         ):
             for piece in bucket.pieces:
-                spec = self._manifest.tensors[piece.tensor]
-                run = data[piece.offset : piece.offset + piece.count * spec.itemsize]
-                self.write(piece.tensor, piece.start, run.view(getattr(torch, spec.dtype)))
+                self._copy_in(piece.tensor, piece.start, self._run(piece, data))
             return
         kept = self._kept_buckets
         key = (bucket.index, data.data_ptr())
         if key not in kept:
             kept[key] = BatchedCopy(self._moves(bucket, data), self._device)
         kept[key].run()
+
+    def _run(self, piece: Piece, data: torch.Tensor) -> torch.Tensor:
+        spec = self._manifest.tensors[piece.tensor]
+        run = data[piece.offset : piece.offset + piece.count * spec.itemsize]
+        return run.view(getattr(torch, spec.dtype))
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
@@ -176,15 +202,16 @@ class DeviceStaging:
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         """The whole of a tensor, in memory that stays as it is until `discard`. It may be on another GPU."""
+        self._ingredients.write(tensor, 0, data.reshape(-1))
         if any(copy.parameter in self._cast for copy in self._plan.copies[tensor]):
-            self.write(tensor, 0, data.reshape(-1))
+            self._copy_in(tensor, 0, data.reshape(-1))
         else:
             self._lent[tensor] = data.data_ptr()
 
     def seal(self, scans: Sequence[Scan]) -> None:
         self._arrived = [scan.digest for scan in scans]
         # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
-        for name in self._cast & self._staged.keys() if self._manifest.finite else ():
+        for name in self._cast.union(self.computed) & self._staged.keys() if self._manifest.finite else ():
             refuse_infinite(name, self._staged[name])
         # All of a region follows from the plan and from where things are.
         live = [tensor.data_ptr() for tensors in self._live.values() for tensor in tensors]
@@ -229,6 +256,7 @@ class DeviceStaging:
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
+        self._ingredients.discard()
         self._staged = {}
         self._lent = {}
         self._regions = []
@@ -257,6 +285,10 @@ class DeviceStaging:
             self._staged[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
             offset += _aligned(live.nbytes)
 
+    def _allocated(self, name: str) -> torch.Tensor:
+        self._allocate()
+        return self._staged[name]
+
     def _moves(self, bucket: Bucket, data: torch.Tensor) -> Iterator[Move]:
         for piece in bucket.pieces:
             spec = self._manifest.tensors[piece.tensor]
@@ -277,6 +309,12 @@ class DeviceStaging:
             strides, source = copy.strides, staged.data_ptr() + copy.offset * staged.itemsize
         return [Region(spec, number, copy, live, source, strides) for live in self._live[copy.parameter]]
 
+    def _computed_places(self, number: int, name: str) -> list[Region]:
+        staged, (first, *_) = self._staged[name], self._live[name]
+        spec = TensorSpec(name=name, dtype=str(first.dtype).removeprefix("torch."), shape=tuple(first.shape))
+        copy = Copy(Box((0,) * first.dim(), spec.shape), name, 0, first.stride())
+        return [Region(spec, number, copy, live, staged.data_ptr(), copy.strides, False) for live in self._live[name]]
+
     def _fill(self, key: object) -> None:
         tables = self._tables
         tables.key = None
@@ -286,6 +324,8 @@ class DeviceStaging:
             for copy in copies
             for region in self._places(number, spec, copy)
         ]
+        for number, name in enumerate(self.computed):
+            tables.regions += self._computed_places(number, name)
         numbered = list(enumerate(tables.regions))
         live = [(n, line) for n, r in numbered for line in r.lines(r.target, r.copy.strides)]
         parts = [(n, line) for n, r in numbered if not r.is_whole for line in r.lines(r.source, r.strides)]

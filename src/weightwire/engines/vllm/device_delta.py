@@ -41,6 +41,11 @@ class DeviceDelta(ArrivingDelta):
         device: torch.device,
         held: Held,
     ) -> None:
+        if plan.computed:
+            raise UnsupportedError(
+                f"{plan.computed[0].parameters[0]} is computed by the model's loader, and not from a delta",
+                next_step="Publish with kind='dense'.",
+            )
         if held.version is None:
             raise VersionError(
                 "what this worker holds was not proven, and a delta needs to know what it starts from",
