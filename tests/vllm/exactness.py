@@ -28,6 +28,7 @@ ON_GPU = torch.cuda.is_available()
 # "1" with torch.compile, as vLLM does it; "alone" without, which takes minutes less.
 GRAPHS = os.environ.get("CUDA_GRAPHS", "0") if ON_GPU else "0"
 ALONE = {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}} if GRAPHS == "alone" else {}
+PARTS = ["q_proj", "up_proj", "norm.weight", "h.0.self_attention.query_key_value", "h.1.attn.c_attn"]
 PROMPTS = ["hello world", "abc", "the quick brown fox jumps over"]
 
 
@@ -73,7 +74,7 @@ def main(family: str, tied: str, dtype: str, tensor_parallel: str, lora: str, pa
     results["second published"], results["receipt"] = published(llm, engines, second, 1)
     if parts == "parts":
         # A few tensors of the first model on top of the second, some of them parts of a fused parameter.
-        part = {n: t for n, t in first.state_dict().items() if "q_proj" in n or "up_proj" in n or "norm.weight" in n}
+        part = {n: t for n, t in first.state_dict().items() if any(part in n for part in PARTS)}
         results["part published"], results["partial receipt"] = published(llm, engines, part, 2, partial=True)
         mixed = models.new_model(family, seed=2, **how)
         mixed.load_state_dict(part, strict=False)
@@ -101,6 +102,7 @@ def published(llm: LLM, engines: Any, source: Any, version: int, **how: Any) -> 
         receipt = publisher.publish(version, deadline=300, **how)
     engine = next(iter(receipt.engines.values()))
     facts = {"proven": engine.proven, "parameters": engine.parameters, "version": engine.version}
+    facts["computed"] = engine.computed
     return generate(llm), {**facts, "transport": engine.transport}
 
 

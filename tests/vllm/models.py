@@ -27,6 +27,18 @@ _EXTRA = {
     "qwen3": {"architectures": ["Qwen3ForCausalLM"]},
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "gemma": {"architectures": ["GemmaForCausalLM"]},
+    # The queries, key and value of each group of heads lie together, and vLLM's loader makes one matrix out of them in
+    # which all queries come first: that is computed, not copied slice by slice.
+    "falcon": {
+        "architectures": ["FalconForCausalLM"],
+        "new_decoder_architecture": True,
+        "num_kv_heads": 2,
+        "bias": True,
+        "head_dim": None,
+    },
+    # ... which here are all matrices of all layers, turned around.
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "num_key_value_heads": 4, "n_inner": 256, "n_positions": 512},
+    "bloom": {"architectures": ["BloomForCausalLM"], "num_key_value_heads": 4},
     "qwen3_moe": {
         "architectures": ["Qwen3MoeForCausalLM"],
         "num_experts": 4,
@@ -46,6 +58,7 @@ def new_model(family: str, *, tied: bool, seed: int, vocab_size: int = len(VOCAB
     """A float32 model with random weights, large enough that outputs depend on all of them."""
     torch.manual_seed(seed)
     facts = {**_COMMON, **_EXTRA[family], **sizes, "vocab_size": vocab_size}
+    facts = {name: fact for name, fact in facts.items() if fact is not None}
     config = AutoConfig.for_model(family, **facts, tie_word_embeddings=tied)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

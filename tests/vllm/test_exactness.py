@@ -18,7 +18,12 @@ CASES = [
     ("qwen3", "untied", "float32", 1, "lora", "whole"),
     ("llama", "untied", "bfloat16", 1, "no", "whole"),
     ("gemma", "tied", "bfloat16", 1, "no", "whole"),
+    ("falcon", "tied", "float32", 2, "no", "parts"),
+    ("falcon", "tied", "bfloat16", 1, "no", "whole"),
+    ("gpt2", "tied", "float32", 1, "no", "whole"),
 ]
+# What vLLM's own loader makes of these families' tensors, by more than slicing and copying.
+COMPUTED = {"falcon": ["query_key_value"], "gpt2": ["c_attn.weight", "c_proj.weight", "c_fc.weight"]}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
@@ -34,22 +39,27 @@ def test_an_updated_engine_equals_a_fresh_one(case: tuple[object, ...], tmp_path
     # In bfloat16 a CPU with AVX2 only keeps no packings, and everything is read back.
     proven = set(results["receipt"]["proven"].values())
     assert proven == {"asked", "read back"} or (proven == {"read back"} and "bfloat16" in case)
+    parts = COMPUTED.get(str(case[0]), [])
+    computed = [name for name in results["receipt"]["proven"] if any(part in name for part in parts)]
+    assert results["receipt"]["computed"] == sorted(computed)
+    assert bool(computed) == bool(parts)
     if "parts" in case:
         assert outputs("part published") == outputs("part loaded") != outputs("second loaded")
         assert 0 < results["partial receipt"]["parameters"] < results["receipt"]["parameters"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # httpcore, of a socket nobody answers
-def test_a_mixture_of_experts_is_refused_by_name_before_anything_changes(tmp_path: Path) -> None:
-    # On a Unix socket, where no token is needed: what refuses is the layout, at the end of the way.
+@pytest.mark.parametrize(("family", "why"), [("qwen3_moe", "experts"), ("bloom", "BloomForCausalLM reads values")])
+def test_what_is_not_exact_is_refused_by_name_before_anything_changes(family: str, why: str, tmp_path: Path) -> None:
+    # On a Unix socket, where no token is needed: what refuses is the layout or the twin, at the end of the way.
     import models
 
-    model = models.new_model("qwen3_moe", tied=False, seed=1)
-    models.save(model, tmp_path / "moe")
-    with serving(tmp_path / "moe", tmp_path, "--dtype", "float32", uds=tmp_path / "socket") as server:
+    model = models.new_model(family, tied=False, seed=1)
+    models.save(model, tmp_path / "model")
+    with serving(tmp_path / "model", tmp_path, "--dtype", "float32", uds=tmp_path / "socket") as server:
         before = server.generate([10, 11, 12])
         with server.engines() as engines, ww.Publisher(model, engines) as publisher:
-            with pytest.raises(ww.UnsupportedError, match="experts"):
+            with pytest.raises(ww.UnsupportedError, match=why):
                 publisher.publish(1)
             status = engines[0].status()
         assert (status.version, status.state) == (None, "idle")

@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
+from weightwire.errors import UnsupportedError
+
 __all__ = ["build"]
 
 
 def build(vllm_config: Any) -> torch.nn.Module:
-    """The model of `vllm_config`, as this rank would load it, on the meta device."""
+    """The model of `vllm_config`, as this rank would load it, on the meta device. Raises `UnsupportedError` when it
+    cannot be built there."""
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -25,5 +28,13 @@ def build(vllm_config: Any) -> torch.nn.Module:
     config = copy.copy(vllm_config)
     config.compilation_config = copy.copy(config.compilation_config)
     config.compilation_config.static_forward_context = {}
-    with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
-        return initialize_model(config, model_config=config.model_config)  # type: ignore[no-any-return]
+    try:
+        with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+            return initialize_model(config, model_config=config.model_config)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        if "meta tensor" not in str(error):
+            raise
+        raise UnsupportedError(
+            f"{', '.join(config.model_config.architectures)} reads values of its own while it is built: {error}",
+            next_step="This architecture cannot be updated exactly yet.",
+        ) from error
