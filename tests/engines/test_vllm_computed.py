@@ -281,6 +281,39 @@ def test_of_a_tensor_that_is_too_large_no_rank_takes_the_rest() -> None:
         refuse_left_over(manifest, [takes, rest[0]])
 
 
+class Halves(Model):
+    """A rank's half of what is computed from all of a tensor, and of two."""
+
+    number = 0
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        weights = dict(weights)
+        if "joined.left" in weights:
+            whole = torch.cat([weights.pop("joined.left"), weights.pop("joined.right")], dim=1)
+            self.joined.weight.data.copy_(whole.narrow(0, 4 * self.number, 4))
+        super().load_weights(weights.items())
+
+    def _load_heads(self, name: str, tensor: torch.Tensor) -> None:
+        turned = torch.cat([tensor.view(-1, 2, 6)[:, 1], tensor.view(-1, 2, 6)[:, 0]]).neg_()
+        self.heads.weight.data.copy_(turned.narrow(0, 8 * self.number, 8))
+
+
+class OtherHalves(Halves):
+    number = 1
+
+
+@pytest.mark.parametrize("name", ["heads.weight", "joined.left", "joined.right"])
+def test_nor_of_one_that_is_sliced_after_it_was_computed(name: str) -> None:
+    rows = {"heads.weight": (16, 6), "joined.left": (8, 2), "joined.right": (8, 4)}
+    manifest = manifest_of(weights(1) | {each: torch.randn(shape) for each, shape in rows.items()})
+    takes = [record(model("meta"), manifest).takes for model in (Halves, OtherHalves)]
+    refuse_left_over(manifest, takes)
+    number = [spec.name for spec in manifest.tensors].index(name)
+    others = [boxes if n == number else [Box((0,), (1000,))] for n, boxes in enumerate(takes[0])]
+    with pytest.raises(ShapeMismatch, match=name):
+        refuse_left_over(manifest, [others])
+
+
 class Looks(Model):
     def _load_log(self, name: str, tensor: torch.Tensor) -> None:
         self.log.weight.data.copy_(tensor / tensor.abs().max().item())
@@ -397,6 +430,20 @@ def test_a_loader_that_fails_is_named_and_nothing_has_changed() -> None:
     staged.discard()
     assert rank.is_tidy()
     assert all(torch.equal(tensor, before[name]) for name, tensor in rank.live.named_parameters())
+
+
+class Full(Model):
+    def _load_heads(self, name: str, tensor: torch.Tensor) -> None:
+        if not tensor.is_meta:
+            raise torch.OutOfMemoryError
+        super()._load_heads(name, tensor)
+
+
+def test_a_loader_that_runs_out_of_memory_is_not_one_that_fails() -> None:
+    rank = Rank(Full)
+    with pytest.raises(torch.OutOfMemoryError):  # of which the receiver makes a RoomError
+        fill(rank.begin(manifest_of(weights(1))), weights(1))
+    assert rank.is_tidy()
 
 
 def test_what_becomes_infinite_in_the_loader_is_refused(rank: Rank) -> None:

@@ -130,6 +130,8 @@ class Ingredients:
         try:
             with in_turn, _standing_in(twin, staged), torch.no_grad():
                 twin.load_weights(iter(weights))
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             raise UnsupportedError(
                 f"the model's own loader failed to make {', '.join(group.parameters[:5])}: {error!r:.300}",

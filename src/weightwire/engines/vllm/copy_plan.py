@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from weightwire.engines.vllm.computed import Group, batched, groups_of, in_turn, named
 from weightwire.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedError, WeightwireError
@@ -73,7 +72,7 @@ class Fill(NamedTuple):
 class Plan:
     """`copies[t]` for tensor number t of the manifest; `fills` and `covered` (elements written) by parameter; `runs`
     of each parameter that is nothing but whole tensors laid end to end, bit for bit, in this order. Parameters in
-    `computed` have no copies; `reads` says which parts of the tensors they are computed from are used."""
+    `computed` have no copies; `reads` says which parts of tensors are used for them."""
 
     copies: list[list[Copy]]
     fills: dict[str, list[Fill]] = field(default_factory=lambda: defaultdict(list))
@@ -85,7 +84,10 @@ class Plan:
     @property
     def takes(self) -> list[list[Box]]:
         """Which parts of each tensor go anywhere (`target.Staging.takes`)."""
-        return [self.reads.get(number) or [copy.source for copy in copies] for number, copies in enumerate(self.copies)]
+        return [
+            [*self.reads.get(number, ()), *(copy.source for copy in copies)]
+            for number, copies in enumerate(self.copies)
+        ]
 
     def places(self, spec: TensorSpec, number: int, start: int, count: int) -> Iterator[Place]:
         """Where elements `start .. start + count` (row-major) of a tensor go, given as one run of elements."""
@@ -192,8 +194,10 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.written: dict[str, set[tuple[int, tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
         self._parameters: dict[int, str] = {}
         self._tensors: dict[int, int] = {}  # of which all elements are at their places
-        self._made_of: dict[int, frozenset[int]] = defaultdict(frozenset)
-        self._reads: dict[int, set[Box]] = defaultdict(set)
+        self._made_of: dict[int, frozenset[tuple[int, Box]]] = defaultdict(frozenset)
+        self._images: dict[
+            int, tuple[int, ...] | None
+        ] = {}  # the shapes of those that hold all of what they are made of
         self._computed: dict[str, str] = {}
         self._keep: list[torch.Tensor] = []  # a storage's address names it only while it lives
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -204,15 +208,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             spec = manifest.tensors[number]
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
             self.incoming[name] = tensor
+            self._made(tensor, frozenset({(number, _whole(spec.shape))}))
             self._tensors[_storage(tensor)] = number
-            self._made_of[_storage(tensor)] = frozenset({number})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given, made = _tensors_in((args, kwargs)), _tensors_in(result)
+        given, made = _tensors_in((args, *kwargs.values())), _tensors_in(result)
         changed = _changed(func, args, kwargs)
-        self._note_use(func, given, made, changed)
+        if changed or not {_storage(tensor) for tensor in made} <= {_storage(tensor) for tensor in given}:
+            self._note_use(func, given, made, changed)  # it is no view
         for target in changed:
             parameter = self._parameters.get(_storage(target))
             if parameter is not None:
@@ -223,29 +228,44 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _note_use(
         self, func: Any, given: list[torch.Tensor], made: list[torch.Tensor], changed: list[torch.Tensor]
     ) -> None:
-        known, views = {_storage(tensor) for tensor in given}, {_storage(tensor) for tensor in made}
-        sources = frozenset[int]().union(*(self._made_of[storage] for storage in known))
+        known, targets = {_storage(tensor) for tensor in given}, {_storage(tensor) for tensor in changed}
+        read = [tensor for tensor in given if func not in _OVERWRITES or _storage(tensor) not in targets]
+        sources = _NOTHING.union(*(self._parts_of(tensor) for tensor in read))
+        for storage in targets:
+            self._made_of[storage] |= sources
         for tensor in made:
             if _storage(tensor) not in known:
-                self._made_of[_storage(tensor)] = sources
-                self._tensors.pop(_storage(tensor), None)
-                self._keep.append(tensor)
-        for tensor in changed:
-            self._made_of[_storage(tensor)] = sources
+                self._made(tensor, sources)
         if func in _CASTS and self._cast(given[0], made[0]):
             return
-        over = {_storage(tensor) for tensor in changed} if func in _OVERWRITES else set()
-        for tensor in given:
-            storage = _storage(tensor)
-            if storage in over or (storage in views and not changed):
-                continue
-            if (number := self._tensors.get(storage)) is not None:
-                shape = self.manifest.tensors[number].shape
-                steps = tensor.stride()
-                ordered = tensor.permute(sorted(range(tensor.dim()), key=lambda d: -steps[d]))
-                self._reads[number].add(_box(shape, ordered) or Box((0,) * len(shape), shape))
-            elif (parameter := self._parameters.get(storage)) is not None:
+        for tensor in read:
+            if (parameter := self._parameters.get(_storage(tensor))) is not None:
                 self._computed.setdefault(parameter, "its loader reads it")
+
+    def _made(self, tensor: torch.Tensor, sources: frozenset[tuple[int, Box]]) -> None:
+        storage, ordered = _storage(tensor), _ordered(tensor)
+        self._keep.append(tensor)
+        self._tensors.pop(storage, None)
+        self._made_of[storage] = sources
+        numel = sum(self.manifest.tensors[number].numel for number in {number for number, _ in sources})
+        is_image = numel == tensor.numel() and ordered.is_contiguous()
+        self._images[storage] = tuple(ordered.shape) if is_image else None
+
+    def _parts_of(self, tensor: torch.Tensor) -> frozenset[tuple[int, Box]]:
+        """The parts of incoming tensors that are used where this one is. Of one that is as large as all that it was
+        made of, a part is taken for as much of each of them; such boxes count elements in a row."""
+        storage, view = _storage(tensor), _ordered(tensor)
+        if (number := self._tensors.get(storage)) is not None:
+            shape = self.manifest.tensors[number].shape
+            return frozenset({(number, _box(shape, view) or _whole(shape))})
+        made_of, image = self._made_of[storage], self._images.get(storage)
+        box = None if image is None else _box(image, view)
+        if image is None or box is None or box.shape == image:
+            return made_of
+        first = sum(at * stride for at, stride in zip(box.start, strides_of(image), strict=True))
+        numels = {number: self.manifest.tensors[number].numel for number, _ in made_of}
+        share = [(number, -(-numel * _count(box.shape) // _count(image))) for number, numel in numels.items()]
+        return frozenset((number, Box((first,), (count,))) for number, count in share)
 
     def _cast(self, source: torch.Tensor, result: torch.Tensor) -> bool:
         # A cast of a whole tensor has the same elements at the same places; of anything else we no longer know.
@@ -312,7 +332,8 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _set_computed_apart(self) -> None:
         plan, specs = self.plan, self.manifest.tensors
-        needs = {name: self._made_of[storage] for storage, name in self._parameters.items() if name in self._computed}
+        parts = {name: self._made_of[storage] for storage, name in self._parameters.items() if name in self._computed}
+        needs = {name: {number for number, _ in made_of} for name, made_of in parts.items()}
         for name, why in self._computed.items():
             plan.covered[name] = sum(_count(shape) for _, shape, _ in self.written[name])
             some = plan.covered[name] < _count(self.shapes[name])
@@ -329,16 +350,21 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 )
         plan.copies = [[copy for copy in copies if copy.parameter not in needs] for copies in plan.copies]
         plan.computed = batched(groups_of(needs), specs)
-        plan.reads = {n: sorted(self._reads[n]) for group in plan.computed for n in group.tensors}
+        for number, box in sorted(_NOTHING.union(*parts.values())):
+            plan.reads.setdefault(number, []).append(box)
 
 
+_NOTHING: frozenset[tuple[int, Box]] = frozenset()
 _FILLS = {torch.ops.aten.fill_.Scalar, torch.ops.aten.zero_.default}
 _OVERWRITES = {torch.ops.aten.copy_.default, *_FILLS}
 _CASTS = {torch.ops.aten._to_copy.default, torch.ops.aten.clone.default}
 
 
 def _tensors_in(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
+    # Of torch's own function, which is for deeper things, half of the time would go into this.
+    if isinstance(values, torch.Tensor):
+        return [values]
+    return [tensor for value in values for tensor in _tensors_in(value)] if isinstance(values, (tuple, list)) else []
 
 
 def _changed(func: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
@@ -386,6 +412,17 @@ def _box(shape: tuple[int, ...], view: torch.Tensor) -> Box | None:
         dimension += 1
     fits = all(s + e <= n for s, e, n in zip(start, extent, shape, strict=True))
     return Box(tuple(start), tuple(extent)) if fits else None
+
+
+def _ordered(view: torch.Tensor) -> torch.Tensor:
+    """The same with its dimensions in the order in which they lie in memory."""
+    strides = view.stride()
+    order = sorted(range(len(strides)), key=lambda dimension: -strides[dimension])
+    return view if order == [*range(len(strides))] else view.permute(order)
+
+
+def _whole(shape: tuple[int, ...]) -> Box:
+    return Box((0,) * len(shape), shape)
 
 
 def _spread(shape: tuple[int, ...], source: torch.Tensor, target: torch.Tensor) -> tuple[int, ...]:
