@@ -23,7 +23,7 @@ from gpu import step, weights
 from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
 from weightwire.updates.digest import scan_tensors_any, settle
-from weightwire.updates.patch_cuda import Patches, Site
+from weightwire.updates.patch_cuda import Patches, Site, Sites
 
 
 def timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
@@ -44,6 +44,8 @@ def main() -> None:
     device = torch.device("cuda", 0)
     live = list(weights(device).values())
     names = [f"w{n}" for n in range(len(live))]
+    rows = [Rows(0, 0, 1, t.numel(), t.numel(), 0) for t in live]
+    sites = Sites([Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(live, rows, strict=True))])
     times: dict[str, list[float]] = {}
     for _ in range(args.runs + 2):
         news = [tensor.clone() for tensor in live]
@@ -57,8 +59,6 @@ def main() -> None:
 
         def decode(data: list[torch.Tensor] = data) -> Patches:
             changes = decode_all(names, parse_all(names, data))
-            rows = [Rows(0, 0, 1, t.numel(), t.numel(), 0) for t in live]
-            sites = [Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(live, rows, strict=True))]
             patches = Patches(changes, sites)
             settle(patches.look())
             return patches

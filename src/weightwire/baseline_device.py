@@ -71,7 +71,7 @@ class DeviceBaseline(Baseline):
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
         from weightwire.updates.delta_cuda import CHANGES, batches, decode_all
-        from weightwire.updates.patch_cuda import Patches, Site
+        from weightwire.updates.patch_cuda import Patches, Site, Sites
 
         start, self.version = self.version, None
         for first, last in batches([delta.count for delta in deltas], CHANGES):
@@ -80,7 +80,7 @@ class DeviceBaseline(Baseline):
             to = self._tensors[first:last]
             rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in to]
             sites = [Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(to, rows, strict=True))]
-            patches = Patches(changes, sites)
+            patches = Patches(changes, Sites(sites))
             patches.look()
             patches.write()
         self._digests = [delta.after for delta in deltas]

@@ -641,8 +641,9 @@ class Run:
 
 
 def _fill_with_deltas(bucket: Bucket, data: torch.Tensor, deltas: Sequence[Delta], scans: list[Scan | Pending]) -> None:
-    for number, start, count, offset in bucket.pieces:
-        data[offset : offset + count].copy_(deltas[number].data[start : start + count])
+    places = [data[offset : offset + count] for _, _, count, offset in bucket.pieces]
+    # Of pinned memory to a GPU nothing is waited for: what reads the bucket is queued behind.
+    torch._foreach_copy_(places, [deltas[n].data[start : start + count] for n, start, count, _ in bucket.pieces], True)
     # They have other sizes each time, so that there is no table to be kept of them: one for all.
     found = scan_runs_any(data, [(p.offset, p.count, p.start, torch.uint8) for p in bucket.pieces])
     for piece, scan in zip(bucket.pieces, found, strict=True):

@@ -158,16 +158,16 @@ def parse(name: str, data: torch.Tensor | bytes) -> Delta:
             f"{name!r}: a delta is uint8 in one dimension on the CPU, not {raw.dtype} of {tuple(raw.shape)}"
         )
     raw = raw.contiguous()
-    ends = raw[:HEAD_BYTES].numpy().tobytes(), raw[-SEAL_BYTES:].numpy().tobytes()
-    return opened(name, raw, *ends, scan(raw[:-SEAL_BYTES]).digest)
+    intact = raw[-SEAL_BYTES:].numpy().tobytes() == _TRAILER.pack(*scan(raw[:-SEAL_BYTES]).digest)
+    return opened(name, raw, raw[:HEAD_BYTES].numpy().tobytes(), intact)
 
 
-def opened(name: str, raw: torch.Tensor, head: bytes, seal: bytes, digest: Digest) -> Delta:
-    """The delta in `raw`, on any device, by its first and its last bytes and the digest of all but the last. Raises
-    like `parse`."""
-    least = HEAD_BYTES + SEAL_BYTES
-    if raw.numel() < least:
-        raise harmed(name, f"it has {raw.numel()} bytes, fewer than the {least} of the shortest")
+def opened(name: str, raw: torch.Tensor, head: bytes, intact: bool) -> Delta:
+    """The delta in `raw`, on any device, by its first bytes; `intact`: whether its last ones are the digest of all but
+    them. Raises like `parse`."""
+    least, size = HEAD_BYTES + SEAL_BYTES, raw.numel()
+    if size < least:
+        raise harmed(name, f"it has {size} bytes, fewer than the {least} of the shortest")
     magic, number, code, block_bits, unit_bits, entry, zeros, nbytes, start, numel, count, *digests = _HEADER.unpack(
         head
     )
@@ -175,9 +175,9 @@ def opened(name: str, raw: torch.Tensor, head: bytes, seal: bytes, digest: Diges
         raise harmed(name, f"it begins with {magic!r}, not with {_MAGIC!r}")
     if number != _FORMAT:
         raise harmed(name, f"its format is {number}, this side reads {_FORMAT}")
-    if nbytes != raw.numel():
-        raise harmed(name, f"it has {raw.numel()} bytes, its header says {nbytes}")
-    if Digest(*_TRAILER.unpack(seal)) != digest:
+    if nbytes != size:
+        raise harmed(name, f"it has {size} bytes, its header says {nbytes}")
+    if not intact:
         raise harmed(name, "its bytes are not those that were written")
     if code not in _DTYPES or not _MIN_BLOCK <= block_bits <= _MAX_BLOCK or entry not in (4, 8) or any(zeros):
         raise harmed(name, f"its header has dtype {code}, block bits {block_bits}, entry {entry}, zeros {zeros.hex()}")
@@ -368,10 +368,14 @@ def _digest(elements: torch.Tensor, start: int, part: Part | None) -> Digest:
     return scan_box(elements.view(part.box.shape), part.box, part.shape).digest
 
 
-def block_bits_of(count: int, numel: int) -> int:
-    """The block bits that an encoder takes for so many changes."""
-    length = -(-_CHANGES * numel // count) if count else numel << _MAX_BLOCK
-    return min(max((length - 1).bit_length(), _MIN_BLOCK), _MAX_BLOCK)
+def block_bits_of(count: Array, numel: Array) -> Array:
+    """The block bits that an encoder takes for so many changes of so many elements.
+
+    >>> block_bits_of(np.array([0, 1, 256, 1024, 3]), np.array([9, 1 << 20, 1 << 20, 1 << 20, 0])).tolist()
+    [24, 24, 20, 18, 8]
+    """
+    length = np.where(count > 0, -(-_CHANGES * numel // np.maximum(count, 1)), np.minimum(numel, 1) << _MAX_BLOCK)
+    return _MIN_BLOCK + np.searchsorted(1 << np.arange(_MIN_BLOCK, _MAX_BLOCK), length - 1, side="right")
 
 
 def unit_bits_of(sizes: Array, width: int) -> int:
@@ -389,7 +393,7 @@ def unit_costs(width: int) -> Array:
 def _assemble(
     dtype: torch.dtype, start: int, numel: int, places: Array, steps: Array, before: Digest, after: Digest
 ) -> Delta:
-    block_bits = block_bits_of(places.size, numel)
+    block_bits = int(block_bits_of(np.array(places.size), np.array(numel)))
     unit_bits = unit_bits_of(rice.tally(steps), 8 * dtype.itemsize)
     blocks = -(-numel >> block_bits) if places.size else 0
     table = np.zeros((blocks, 2), np.int64)

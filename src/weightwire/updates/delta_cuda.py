@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +26,7 @@ from weightwire.updates.delta import (
     opened,
     unit_costs,
 )
-from weightwire.updates.digest import Digest, Scan, word_facts
+from weightwire.updates.digest import Digest, word_facts
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
@@ -81,7 +80,7 @@ def encode_all(
     are contiguous and on one device; the deltas' bytes are on the CPU. Both digests are computed. Raises `UsageError`.
     """
     for name, base, new in zip(names, bases, news, strict=True):
-        alike = (base.dtype, base.shape, base.device) == (new.dtype, new.shape, new.device)
+        alike = base.dtype == new.dtype and base.shape == new.shape and base.device == new.device
         if not alike or base.dtype not in DELTA_DTYPES or not base.is_contiguous() or not new.is_contiguous():
             raise UsageError(
                 f"{name!r}: no delta from {base.dtype} of {tuple(base.shape)} on {base.device} to {new.dtype} of"
@@ -118,13 +117,14 @@ def batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Seen:
-    """Tensors of one width, compared: of each its digests before and after and its NaN and Inf, and `counts` of
-    changes. On the device `bits`, which say what changed, how many of each segment's, and `lines` of what is held."""
+    """Tensors of one width, compared: of each its digests before and after (`sums`, two numbers each), how many NaN and
+    Inf it has (`nonfinite`), and `counts` of changes. On the device `bits`, which say what changed, how many of each
+    segment's, and `lines` of what is held."""
 
     news: Sequence[torch.Tensor]
     starts: Sequence[int]
-    before: Sequence[Digest]
-    after: Sequence[Scan]
+    sums: Array
+    nonfinite: Array
     counts: Array
     held: Sequence[Sequence[torch.Tensor]]
     lines: torch.Tensor
@@ -174,11 +174,9 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
                 THREADS=32 * _WARPS, FIELDS=lines.shape[1], num_warps=_WARPS,
             )  # fmt: skip
     facts = sums.cpu().numpy()
-    digests = facts[:, :4].copy().view(np.uint64).tolist()
     return _Seen(
-        news=news, starts=starts, before=[Digest(*four[:2]) for four in digests],
-        after=[Scan(Digest(*four[2:]), bad) for four, bad in zip(digests, facts[:, 4].tolist(), strict=True)],
-        counts=facts[:, 5], held=held, lines=table, ends=parts.ends, segments=segments, each=each, bits=bits,
+        news=news, starts=starts, sums=facts[:, :4], nonfinite=facts[:, 4], counts=facts[:, 5], held=held, lines=table,
+        ends=parts.ends, segments=segments, each=each, bits=bits,
     )  # fmt: skip
 
 
@@ -207,7 +205,7 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
     news, counts = seen.news[mine], seen.counts[mine]
     device, width = found.keys.device, 8 * news[0].element_size()
     numels = np.array([new.numel() for new in news])
-    block_bits = np.array([*map(block_bits_of, counts.tolist(), numels.tolist())])
+    block_bits = block_bits_of(counts, numels)
     parts = parts_of(np.where(counts > 0, -(-numels >> block_bits), 0), device)
     each = parts.each
     numel, shift, origin = sent(np.stack([numels, block_bits, found.origins]), device)[:, parts.of]
@@ -243,16 +241,16 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
     raw = data.view(torch.uint8)
     deltas = [
         Delta(
-            dtype=new.dtype, start=start, numel=new.numel(), count=count, before=before, after=after.digest,
+            dtype=new.dtype, start=start, numel=numel, count=count, before=Digest(*sums[:2]), after=Digest(*sums[2:]),
             block_bits=bits, unit_bits=low, entry=entry, data=raw[place : place + size],
         )
-        for new, start, before, after, count, bits, low, entry, place, size in zip(
-            news, seen.starts[mine], seen.before[mine], seen.after[mine], counts.tolist(), block_bits.tolist(),
-            chosen.tolist(), entries.tolist(), places[:-1].tolist(), nbytes.tolist(), strict=True,
+        for new, start, sums, numel, count, bits, low, entry, place, size in zip(
+            news, seen.starts[mine], seen.sums[mine].astype(np.uint64).tolist(), numels.tolist(), counts.tolist(),
+            block_bits.tolist(), chosen.tolist(), entries.tolist(), places[:-1].tolist(), nbytes.tolist(), strict=True,
         )
     ]  # fmt: skip
     _finish(deltas, target, data, places[:-1], nbytes)
-    return [*zip(deltas, (scanned.nonfinite for scanned in seen.after[mine]), strict=True)]
+    return [*zip(deltas, seen.nonfinite[mine].tolist(), strict=True)]
 
 
 def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, places: Array, nbytes: Array) -> None:
@@ -261,8 +259,7 @@ def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, p
     heads = np.frombuffer(bytearray().join(delta.head() for delta in deltas), np.int32).reshape(len(deltas), -1)
     rows = places[:, None] // 4 + np.arange(HEAD_BYTES // 4)
     target[sent(rows, device)] = sent(heads, device)
-    begins = (target.data_ptr() + places).tolist()
-    digests = _digests([*zip(begins, nbytes.tolist(), strict=True)], device)
+    digests = _digests(np.stack([target.data_ptr() + places, nbytes], axis=1), device)
     seals = digests.cpu().numpy()[:, :2].copy().view(np.int32)  # data has all that was queued before
     here = data.numpy()
     here[rows] = heads
@@ -273,18 +270,15 @@ def parse_all(names: Sequence[str], data: Sequence[torch.Tensor]) -> list[Delta]
     """What `delta.parse` gives for each of many, whose bytes (uint8, 1-D) are on one device and stay there."""
     if not data:
         return []
-    device, runs = data[0].device, [(raw.data_ptr(), raw.numel()) for raw in data]
+    device, runs = data[0].device, np.array([(raw.data_ptr(), raw.numel()) for raw in data])
     size = HEAD_BYTES + SEAL_BYTES
     ends = torch.empty(len(data), size, dtype=torch.uint8, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        rice_cuda.read_ends[(len(data),)](sent(np.array(runs), device), ends, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
+        rice_cuda.read_ends[(len(data),)](sent(runs, device), ends, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
     digests = _digests(runs, device)[:, :2].contiguous().view(torch.uint8)
     table = torch.cat([ends, digests], dim=1).cpu().numpy()
-    sums = table[:, size:].copy().view(np.uint64).tolist()
-    return [
-        opened(name, raw, ends[:HEAD_BYTES], ends[HEAD_BYTES:size], Digest(*digest))
-        for name, raw, ends, digest in zip(names, data, map(bytes, table), sums, strict=True)
-    ]
+    intact = (table[:, HEAD_BYTES:size] == table[:, size:]).all(axis=1).tolist()
+    return [*map(opened, names, data, map(bytes, table[:, :HEAD_BYTES]), intact)]
 
 
 def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
@@ -292,16 +286,19 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
     can be found out without their bases. What it allocates, the bytes and the counted elements bound."""
     device = deltas[0].data.device
     data = [d.data if d.data.data_ptr() % 4 == 0 else d.data.clone() for d in deltas]
-    origins = [0, *accumulate(delta.numel for delta in deltas)]
-    lines = np.array(
+    heads = np.array(
         [
-            (raw.data_ptr() + HEAD_BYTES, d.entry, raw.data_ptr() + HEAD_BYTES + d.blocks * d.entry, d.block_bits,
-             d.unit_bits, 8 * d.dtype.itemsize, d.numel, origin)
-            for d, raw, origin in zip(deltas, data, origins, strict=False)
+            (raw.data_ptr(), d.nbytes, d.blocks, d.entry, d.block_bits, d.unit_bits, 8 * d.dtype.itemsize, d.numel,
+             d.count)
+            for d, raw in zip(deltas, data, strict=True)
         ],
         np.int64,
-    )  # fmt: skip
-    parts = parts_of(np.array([delta.blocks for delta in deltas]), device)
+    ).T  # fmt: skip
+    address, nbytes, blocks, entry, block_bits, unit_bits, width, numel, count = heads
+    tables, origins = address + HEAD_BYTES, ends_of(numel)
+    texts = tables + blocks * entry
+    lines = np.stack([tables, entry, texts, block_bits, unit_bits, width, numel, origins[:-1]], axis=1)
+    parts = parts_of(blocks, device)
     total, table = len(parts.of), sent(lines, device)
     counts, words = torch.zeros(2, total, dtype=torch.int64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
@@ -309,8 +306,8 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
             rice_cuda.read_table[(-(-total // rice_cuda.CHUNK),)](
                 table, parts.of, parts.number, counts, words, total, FIELDS=lines.shape[1], CHUNK=rice_cuda.CHUNK
             )
-        _check_tables(names, deltas, table, parts, counts, words)
-        changes = [0, *accumulate(delta.count for delta in deltas)]
+        _check_tables(names, count, (address + nbytes - SEAL_BYTES - texts) // 4, table, parts, counts, words)
+        changes = ends_of(count).tolist()
         keys = torch.empty(changes[-1], dtype=torch.int64, device=device)
         steps = torch.empty(changes[-1], dtype=torch.int32, device=device)
         wrong = torch.zeros(total, dtype=torch.int8, device=device)
@@ -325,12 +322,13 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
         block = int(wrong.argmax())
         n = int(parts.of[block])
         raise harmed(names[n], f"its block {block - parts.ends[n]} of {parts.each[n]} cannot be decoded")
-    return Changes(keys=keys, steps=steps, ends=changes, origins=origins[:-1])
+    return Changes(keys=keys, steps=steps, ends=changes, origins=origins[:-1].tolist())
 
 
 def _check_tables(
     names: Sequence[str],
-    deltas: Sequence[Delta],
+    changes: Array,
+    rooms: Array,
     lines: torch.Tensor,
     parts: Parts,
     counts: torch.Tensor,
@@ -339,18 +337,15 @@ def _check_tables(
     shift, numel = lines[:, [3, 6]].T[:, parts.of]
     first = parts.number << shift
     length = torch.minimum(torch.ones_like(first) << shift, numel - first)
-    sums = parts.totals([counts, words, (counts > length).to(torch.int64)]).tolist()
-    for name, delta, count, size, long in zip(names, deltas, *sums, strict=True):
-        room = (delta.nbytes - HEAD_BYTES - delta.blocks * delta.entry - SEAL_BYTES) // 4
-        if count != delta.count or long:
-            raise harmed(name, f"its blocks do not hold {delta.count} changes")
-        # A change takes three bits at least: what is allocated for it has come in.
-        if size != room or delta.count * 3 > room * 32:
-            raise harmed(name, f"its blocks do not fill its {room} words")
+    found, filled, long = parts.totals([counts, words, (counts > length).to(torch.int64)]).cpu().numpy()
+    for n in np.flatnonzero((found != changes) | (long > 0)):
+        raise harmed(names[n], f"its blocks do not hold {changes[n]} changes")
+    # A change takes three bits at least: what is allocated for it has come in.
+    for n in np.flatnonzero((filled != rooms) | (changes * 3 > rooms * 32)):
+        raise harmed(names[n], f"its blocks do not fill its {rooms[n]} words")
 
 
-def _digests(runs: Sequence[tuple[int, int]], device: torch.device) -> torch.Tensor:
-    """Of each delta at an address its digest, without its seal, as `digest_cuda.sum_lines` gives it."""
-    addresses, nbytes = np.array(runs, np.int64).T
-    lines = digest_cuda.byte_lines(addresses, np.maximum(nbytes - SEAL_BYTES, 0))
+def _digests(runs: Array, device: torch.device) -> torch.Tensor:
+    """Of each delta, by its address and its bytes, the digest without its seal, as `digest_cuda.sum_lines` gives it."""
+    lines = digest_cuda.byte_lines(runs[:, 0], np.maximum(runs[:, 1] - SEAL_BYTES, 0))
     return digest_cuda.sum_lines(digest_cuda.table(lines, device))

@@ -150,7 +150,9 @@ def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
         if isinstance(scan, Scan):
             return scan
         first, *others = [read(*row) for row in scan.rows]
-        return sum(others, first if scan.known is _NOTHING else first + scan.known)
+        if not others and scan.known is _NOTHING:
+            return first
+        return sum(others, first + scan.known)
 
     return [total(scan) for scan in scans]
 

@@ -20,7 +20,7 @@ from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.rice_cuda import factors, key_of, moved
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
-__all__ = ["Patches", "Site"]
+__all__ = ["Patches", "Site", "Sites"]
 
 _TILE = 1024
 _LOOK, _WRITE, _UNDO = 0, 1, 2
@@ -36,24 +36,37 @@ class Site(NamedTuple):
     address: int
 
 
+class Sites:
+    """Sites as a table: as good for the next deltas as for these, for as long as they stay where they are."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.lines = np.array([_line(site, number) for number, site in enumerate(sites)], np.int64).reshape(-1, 11)
+        self.deltas = np.array([site.delta for site in sites], np.int64)
+        self.firsts = np.array([site.rows.first for site in sites], np.int64)
+        self.extents = np.array([_extent(site.rows) for site in sites], np.int64)
+        self.widths = np.array([8 * site.dtype.itemsize for site in sites], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+
 class Patches:
     """The changes of deltas at their sites, which must not overlap in memory and stay where they are."""
 
-    def __init__(self, changes: Changes, sites: Sequence[Site]) -> None:
+    def __init__(self, changes: Changes, sites: Sites) -> None:
         self._device = changes.keys.device
         self._keys, self._steps = changes.keys, changes.steps
         self._sites = len(sites)
         self._launches: list[tuple[int, torch.Tensor, Parts, torch.Tensor]] = []
-        firsts = [changes.origins[site.delta] + site.rows.first for site in sites]
-        lasts = [first + _extent(site.rows) for first, site in zip(firsts, sites, strict=True)]
-        bounds = sent(np.array([firsts, lasts], np.int64), self._device)
-        begins, ends = torch.searchsorted(self._keys, bounds).tolist()
-        widths = [site.dtype.itemsize for site in sites]
-        for width in sorted(set(widths)):
-            mine = [n for n, other in enumerate(widths) if other == width and begins[n] < ends[n]]
-            if mine:
-                rows = [_line(sites[n], n, firsts[n], begins[n], ends[n]) for n in mine]
-                self._launches.append(self._ready(8 * width, np.array(rows, np.int64)))
+        firsts = np.array(changes.origins, np.int64)[sites.deltas] + sites.firsts
+        bounds = sent(np.stack([firsts, firsts + sites.extents]), self._device)
+        begins, ends = torch.searchsorted(self._keys, bounds).cpu().numpy()
+        for width in np.unique(sites.widths).tolist():
+            mine = (sites.widths == width) & (begins < ends)
+            if mine.any():
+                lines = sites.lines[mine]
+                lines[:, 0], lines[:, 1], lines[:, 3] = begins[mine], ends[mine], firsts[mine]
+                self._launches.append(self._ready(width, lines))
 
     def look(self) -> list[Pending]:
         """Note what stands where changes go. Of each site: what they add to its digest, and how many NaN and Inf they
@@ -90,11 +103,12 @@ def _extent(rows: Rows) -> int:
     return (rows.count - 1) * rows.first_pitch + rows.width
 
 
-def _line(site: Site, number: int, first: int, begin: int, end: int) -> tuple[int, ...]:
+def _line(site: Site, number: int) -> tuple[int, ...]:
+    """As `_visit` reads it, without what depends on the deltas."""
     itemsize, rows = site.dtype.itemsize, site.rows
     exponent = word_facts(site.dtype)[0] & ((1 << 8 * itemsize) - 1)
     return (
-        begin, end, 0, first, rows.first_pitch, rows.width, site.address + rows.second * itemsize, rows.second_pitch,
+        0, 0, 0, 0, rows.first_pitch, rows.width, site.address + rows.second * itemsize, rows.second_pitch,
         rows.first, exponent, number,
     )  # fmt: skip
 

@@ -362,10 +362,10 @@ def scanned(ready: Table | None) -> list[Pending]:
 
 def totals(scans: Sequence[Pending], of: Sequence[int], count: int) -> list[Scan]:
     """Scans of `count` regions, of which these are parts."""
-    totals: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * count
-    for number, scan in zip(of, scans, strict=True):
-        totals[number] = scan + totals[number]
-    return settle(totals)
+    totals = [Scan(NO_DIGEST, 0)] * count
+    for number, scan in zip(of, settle(scans), strict=True):
+        totals[number] += scan
+    return totals
 
 
 def synchronize(device: torch.device) -> None:

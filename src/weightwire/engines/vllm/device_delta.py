@@ -24,7 +24,7 @@ from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import Digest, Pending, Scan
 from weightwire.updates.digest_cuda import Table
 from weightwire.updates.manifest import Manifest
-from weightwire.updates.patch_cuda import Patches, Site
+from weightwire.updates.patch_cuda import Patches, Site, Sites
 from weightwire.updates.receipt import Proof
 
 __all__ = ["DeviceDelta"]
@@ -182,7 +182,7 @@ class _Places:
     regions: Sequence[Region]
     lines: Table
     lines_of: Sequence[int]
-    sites: Sequence[Site]
+    sites: Sites
     sites_of: Sequence[int]
 
     @classmethod
@@ -202,7 +202,7 @@ class _Places:
         return cls(
             plan=plan, addresses=[tensor.data_ptr() for tensors in live.values() for tensor in tensors],
             regions=regions, lines=lines, lines_of=lines_of,
-            sites=[site for _, site in sites], sites_of=[n for n, _ in sites],
+            sites=Sites([site for _, site in sites]), sites_of=[n for n, _ in sites],
         )  # fmt: skip
 
 
@@ -230,7 +230,7 @@ def _warm_up(device: torch.device) -> None:
     )  # fmt: skip
     for dtype in DELTA_DTYPES:
         spare = torch.zeros(1, dtype=dtype, device=device)
-        patches = Patches(changes, [Site(0, dtype, Rows(0, 0, 1, 1, 1, 0), spare.data_ptr())])
+        patches = Patches(changes, Sites([Site(0, dtype, Rows(0, 0, 1, 1, 1, 0), spare.data_ptr())]))
         patches.look()
         patches.write()
         patches.undo()
