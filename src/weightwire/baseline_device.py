@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -18,6 +18,9 @@ from weightwire.updates.boxes import Part, Rows
 from weightwire.updates.delta import Delta
 from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    from weightwire.updates.patch_cuda import Site, Sites  # needs Triton
 
 __all__ = ["DeviceBaseline"]
 
@@ -37,6 +40,7 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
+        self._sites: dict[tuple[int, int], Sites] = {}
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
@@ -71,26 +75,27 @@ class DeviceBaseline(Baseline):
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
         from weightwire.updates.delta_cuda import CHANGES, batches, decode_all
-        from weightwire.updates.patch_cuda import Patches, Site, Sites
+        from weightwire.updates.patch_cuda import Patches, Sites
 
         start, self.version = self.version, None
         for first, last in batches([delta.count for delta in deltas], CHANGES):
             here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
-            to = self._tensors[first:last]
-            rows = [Rows(0, 0, 1, base.numel(), max(base.numel(), 1), 0) for base in to]
-            sites = [Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(to, rows, strict=True))]
-            patches = Patches(changes, Sites(sites))
+            if (first, last) not in self._sites:
+                self._sites[first, last] = Sites([*map(_whole, range(last - first), self._tensors[first:last])])
+            patches = Patches(changes, self._sites[first, last])
             patches.look()
             patches.write()
         self._digests = [delta.after for delta in deltas]
         self.version = version
         if start is not None and not self._spread:
-            # Pinned memory is dear, and the next deltas take what these leave.
-            self.chain.add(start, [dataclasses.replace(delta, data=delta.data.clone()) for delta in deltas])
+            # In the pinned memory that they were made in. To copy it would take longer than all the rest, and the next
+            # deltas take what the oldest leave.
+            self.chain.add(start, deltas)
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
+        self._sites.clear()
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device
@@ -145,6 +150,13 @@ class DeviceBaseline(Baseline):
     def _news(self) -> list[torch.Tensor]:
         named = self._current()
         return [named[spec.name].view(-1) for spec in self._specs]
+
+
+def _whole(number: int, tensor: torch.Tensor) -> Site:
+    from weightwire.updates.patch_cuda import Site
+
+    numel = tensor.numel()
+    return Site(number, tensor.dtype, Rows(0, 0, 1, numel, max(numel, 1), 0), tensor.data_ptr())
 
 
 _DEVICES = {"cuda"}

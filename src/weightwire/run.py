@@ -37,9 +37,9 @@ from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
 from weightwire.updates.adapter import check_name, meaning
 from weightwire.updates.boxes import Part
-from weightwire.updates.buckets import Bucket, Piece, cut
-from weightwire.updates.delta import Delta
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_runs_any, scan_tensors_any, settle
+from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
+from weightwire.updates.delta import Delta, scans_of
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
@@ -430,7 +430,7 @@ class Run:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
             return settle(scans)
-        scans = [*self._ahead_scans] or scans
+        scans = [*self._ahead_scans] or ([*scans_of(deltas)] if deltas is not None else scans)
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):
@@ -438,7 +438,7 @@ class Run:
             if deltas is None:
                 self._fill(bucket, data, scans)
             elif data is not None:
-                _fill_with_deltas(bucket, data, deltas, scans)
+                copy_pieces(bucket, data, [delta.data for delta in deltas], fill=True)
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
@@ -638,16 +638,6 @@ class Run:
                 raise DeadlineError(f"waited in vain for {what}", engine=slow, phase="stage")
             time.sleep(pause)
             pause = min(pause * 1.2, 0.0005)
-
-
-def _fill_with_deltas(bucket: Bucket, data: torch.Tensor, deltas: Sequence[Delta], scans: list[Scan | Pending]) -> None:
-    places = [data[offset : offset + count] for _, _, count, offset in bucket.pieces]
-    # Of pinned memory to a GPU nothing is waited for: what reads the bucket is queued behind.
-    torch._foreach_copy_(places, [deltas[n].data[start : start + count] for n, start, count, _ in bucket.pieces], True)
-    # They have other sizes each time, so that there is no table to be kept of them: one for all.
-    found = scan_runs_any(data, [(p.offset, p.count, p.start, torch.uint8) for p in bucket.pieces])
-    for piece, scan in zip(bucket.pieces, found, strict=True):
-        scans[piece.tensor] = scan + scans[piece.tensor]
 
 
 def _in_order_of(base: Sequence[TensorSpec], specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:

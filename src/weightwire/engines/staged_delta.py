@@ -8,6 +8,7 @@ import torch
 
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.target import Staging
+from weightwire.updates.buckets import ALIGNMENT
 from weightwire.updates.delta import Delta, Patch, decode, parse
 from weightwire.updates.digest import Digest, Scan, scan
 from weightwire.updates.manifest import Manifest
@@ -15,7 +16,6 @@ from weightwire.updates.receipt import Proof
 
 __all__ = ["ArrivingDelta", "StagedDelta", "refuse_split_ties"]
 
-_ALIGNMENT = 16  # bytes
 _PATCH = 12  # decoded, a change takes some ten times its encoded bytes
 
 
@@ -34,7 +34,7 @@ class ArrivingDelta:
         """On the thread that receives, whose stream writes there: memory that the engine's has had may still be in use
         by what is queued on it."""
         if not self._bytes:
-            sizes = [-(-nbytes // _ALIGNMENT) * _ALIGNMENT for nbytes in self._encoded]
+            sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in self._encoded]  # as in a bucket
             memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._memory_on)
             self._bytes = [p[:n] for p, n in zip(torch.split(memory, sizes), self._encoded, strict=True)]
 

@@ -7,11 +7,14 @@ in manifest order, each piece aligned; a tensor larger than a bucket is split be
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
+
+import torch
 
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["ALIGNMENT", "Bucket", "Piece", "cut"]
+__all__ = ["ALIGNMENT", "Bucket", "Piece", "copy_pieces", "cut"]
 
 ALIGNMENT = 64
 """Bytes. Every piece starts at a multiple, so that it can be viewed as any dtype and read in whole cache lines."""
@@ -30,6 +33,40 @@ class Bucket(NamedTuple):
     index: int  # type: ignore[assignment]
     nbytes: int
     pieces: tuple[Piece, ...]
+
+
+def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tensor], *, fill: bool) -> None:
+    """Copy a bucket's pieces, of tensors of bytes (uint8, 1-D, on one device), between them and `data`, the bucket's
+    memory: into it with `fill`, else out of it. Nothing is waited for. Where the tensors lie side by side just as in
+    the bucket, it is one copy: for hundreds of them, one each takes longer than their bytes.
+
+    >>> bucket, memory = Bucket(0, 67, (Piece(0, 0, 2, 0), Piece(1, 0, 3, 64))), torch.zeros(80, dtype=torch.uint8)
+    >>> copy_pieces(bucket, torch.arange(67, dtype=torch.uint8), [memory[:2], memory[64:67]], fill=False)
+    >>> memory[:2].tolist(), memory[64:].tolist()
+    ([0, 1], [64, 65, 66, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    """
+    if not bucket.pieces:
+        return
+    alike = _laid_out_alike(bucket, tensors)
+    own = (
+        [tensors[number][start : start + count] for number, start, count, _ in bucket.pieces]
+        if alike is None
+        else [alike]
+    )
+    there = [data[at : at + count] for _, _, count, at in bucket.pieces] if alike is None else [data[: bucket.nbytes]]
+    torch._foreach_copy_(there if fill else own, own if fill else there, non_blocking=True)
+
+
+def _laid_out_alike(bucket: Bucket, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The memory of which all pieces are parts, at the same distances as in the bucket."""
+    number, start, _, _ = bucket.pieces[0]
+    first = tensors[number]
+    address = first.data_ptr() + start
+    memory = first.untyped_storage()
+    inside = address + bucket.nbytes <= memory.data_ptr() + memory.nbytes()
+    if inside and all(tensors[n].data_ptr() + begin == address + offset for n, begin, _, offset in bucket.pieces):
+        return first.as_strided((bucket.nbytes,), (1,), first.storage_offset() + start)
+    return None
 
 
 def cut(manifest: Manifest) -> tuple[Bucket, ...]:

@@ -24,9 +24,21 @@ import torch
 from weightwire.errors import ShapeMismatch, UsageError, VerificationError, VersionError
 from weightwire.updates import rice
 from weightwire.updates.boxes import Part
-from weightwire.updates.digest import NO_DIGEST, Digest, scan, scan_box, scan_places
+from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan, scan_box, scan_parts, scan_places
 
-__all__ = ["DELTA_DTYPES", "Delta", "Patch", "compose", "decode", "encode", "estimate", "join", "parse", "steps_of"]
+__all__ = [
+    "DELTA_DTYPES",
+    "Delta",
+    "Patch",
+    "compose",
+    "decode",
+    "encode",
+    "estimate",
+    "join",
+    "parse",
+    "scans_of",
+    "steps_of",
+]
 
 DELTA_DTYPES: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 """The dtypes that a delta may have, with their numbers in its header."""
@@ -142,6 +154,19 @@ def encode(
     first = _digest(base, start, part) if before is None else before
     last = first + _change(base.dtype, places, olds, news, start, part)[0]
     return _assemble(base.dtype, start, base.numel(), places, steps, first, last)
+
+
+def scans_of(deltas: Sequence[Delta]) -> list[Scan]:
+    """What `digest.scan` gives of each delta's bytes, which are on the CPU. All but the last are known by the digest
+    that they end with, so none of the others is read.
+
+    >>> delta = encode("w", torch.zeros(500), torch.ones(500))
+    >>> scans_of([delta]) == [scan(delta.data)]
+    True
+    """
+    ends = scan_parts([(delta.data, delta.nbytes - SEAL_BYTES, SEAL_BYTES) for delta in deltas])
+    seals = [Digest(*_TRAILER.unpack(delta.data[-SEAL_BYTES:].numpy().tobytes())) for delta in deltas]
+    return [Scan(seal + end.digest, 0) for seal, end in zip(seals, ends, strict=True)]
 
 
 def parse(name: str, data: torch.Tensor | bytes) -> Delta:

@@ -16,6 +16,7 @@ import torch
 
 from weightwire.errors import UsageError
 from weightwire.updates import digest_cuda, rice_cuda
+from weightwire.updates.buckets import ALIGNMENT
 from weightwire.updates.delta import (
     DELTA_DTYPES,
     HEAD_BYTES,
@@ -228,7 +229,7 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
         entries = np.where(larges > 0, 8, 4)
         texts = HEAD_BYTES + each * entries
         nbytes = texts + 4 * sizes + SEAL_BYTES
-        places = ends_of(-(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+        places = ends_of(-(-nbytes // ALIGNMENT) * ALIGNMENT)
         target = torch.zeros(int(places[-1]) // 4, dtype=torch.int32, device=device)
         tables, texts = places[:-1] + HEAD_BYTES, places[:-1] + texts
         facts = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])

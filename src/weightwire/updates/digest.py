@@ -48,6 +48,7 @@ __all__ = [
     "scan_and_pack",
     "scan_any",
     "scan_box",
+    "scan_parts",
     "scan_places",
     "scan_runs",
     "scan_runs_any",
@@ -213,6 +214,20 @@ def scan_and_pack(runs: Sequence[tuple[torch.Tensor, int, int, int]], to: torch.
             raise ValueError(f"{count} elements from {start} of {tensor.numel()}, to byte {at} of {to.numel()}")
         lines.append((tensor.data_ptr() + start * size, count, start, tensor.dtype, base + at))
     return _scan_addresses(lines)
+
+
+def scan_parts(parts: Sequence[tuple[torch.Tensor, int, int]]) -> list[Scan]:
+    """`scan` of a part of each of many contiguous tensors on the CPU, by one call: the row-major index of its first
+    element, and their number.
+
+    >>> scan_parts([(torch.arange(6.0), 2, 3)]) == [scan(torch.arange(2.0, 5.0), start=2)]
+    True
+    """
+    if any(not 0 <= start <= start + count <= tensor.numel() for tensor, start, count in parts):
+        raise ValueError("a part goes beyond its tensor")
+    return _scan_addresses(
+        [(t.data_ptr() + start * t.element_size(), count, start, t.dtype, 0) for t, start, count in parts]
+    )
 
 
 def scan_any(elements: torch.Tensor, start: int = 0) -> Scan | Pending:

@@ -18,7 +18,7 @@ from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.device import Held, Region, Version, scanned, synchronize, table_of, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
-from weightwire.updates.buckets import Bucket
+from weightwire.updates.buckets import Bucket, copy_pieces
 from weightwire.updates.delta import DELTA_DTYPES, Delta
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import Digest, Pending, Scan
@@ -71,8 +71,7 @@ class DeviceDelta(ArrivingDelta):
         if self._scanning is None:
             self._wait_until_ready()
             self._scanning = scanned(self._places.lines)  # what is live is read while bytes are on their way
-        to = [self._bytes[number][start : start + count] for number, start, count, _ in bucket.pieces]
-        torch._foreach_copy_(to, [data[at : at + count] for _, _, count, at in bucket.pieces])
+        copy_pieces(bucket, data, self._bytes, fill=False)
 
     def _wait_until_ready(self) -> None:
         if self._ready is not None:
