@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from support.adapter_deltas import check_failures, check_twins
 from support.gpu import gpu, run, two_gpus
 
 pytestmark = gpu
@@ -18,7 +19,7 @@ _NOT_VARIANTS = ("base", "base again")
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=two_gpus)])
 def test_adapters_equal_their_twins(ranks: int, tmp_path: Path) -> None:
-    results: dict[str, Any] = run("adapters.py", "qwen3", "bfloat16", ranks, "variants,traps,failures", tmp_path)
+    results: dict[str, Any] = run("adapters.py", "qwen3", "bfloat16", ranks, "variants,traps,deltas,failures", tmp_path)
     variants = results["variants"]
     assert variants["base"] == variants["base again"]
     kinds = {n: r for n, r in variants.items() if n not in _NOT_VARIANTS and "refused" not in r}
@@ -27,6 +28,8 @@ def test_adapters_equal_their_twins(ranks: int, tmp_path: Path) -> None:
         assert result["ours"] == result["twin"] != variants["base"], name
         assert set(result["proven"].values()) == {"read back"}, name
         assert len(result["held"]) == ranks
+    check_twins(results["deltas"])
+    check_failures(results["deltas"])
     traps = results["traps"]
     assert traps["loads"] == [1] * ranks
     for version in ("long 7", "long 8"):

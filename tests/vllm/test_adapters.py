@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from conftest import run_script
+from support.adapter_deltas import check_failures, check_twins
 
 ENGINES = {
     # What each engine is, and which steps of adapters.py it goes through.
@@ -113,24 +114,12 @@ def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any])
 
 @through("deltas")
 def test_deltas_of_an_adapter_equal_their_twins_from_a_folder(found: dict[str, Any]) -> None:
-    results = found["deltas"]
-    whole, *steps = results["steps"]
-    assert whole["why"].startswith("whole: nothing was published before")
-    for result in (*steps, results["after"], results["then"]):
-        assert result["why"].startswith("delta: "), result["why"]
-        assert result["nbytes"] < whole["nbytes"] / 5
-    every = [whole, *steps, results["after"], results["other base"], results["then"]]
-    for result in every:
-        assert result["ours"] == result["twin"]
-    assert len({str(result["ours"]) for result in every}) == len(every)
-    assert results["evicted"]
+    check_twins(found["deltas"])
 
 
 @through("deltas")
 def test_a_delta_that_one_rank_fails_to_take_changes_nothing(found: dict[str, Any]) -> None:
-    for at in ("write", "seal", "check", "commit"):
-        assert "injected" in found["deltas"][at]["error"], at
-        assert found["deltas"][at]["same"], at
+    check_failures(found["deltas"])
 
 
 @through("deltas")
