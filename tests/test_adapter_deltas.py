@@ -233,7 +233,7 @@ def test_nan_and_inf_are_refused_unless_asked_for(engine_of: Any, bad: float) ->
 # -- another base --------------------------------------------------------------------------------------------------
 
 
-def test_another_config_dtype_or_shape_is_sent_whole(
+def test_another_dtype_or_shape_is_sent_whole_and_another_config_with_a_delta(
     engine_of: Any, serves: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, tensors = engine_of(), adapter_of()
@@ -241,9 +241,6 @@ def test_another_config_dtype_or_shape_is_sent_whole(
     with ww.Publisher(source, engine, baseline="host") as publisher:
         publisher.publish(1)
         source.lora = {**CONFIG, "lora_alpha": 32}
-        receipt = publisher.publish(2)
-        assert receipt.why == "whole: the adapter's config is not that of the version before"
-        assert serves(engine, receipt, tensors, source.lora)
         moved(tensors, 3)
         receipt = publisher.publish(3)
         assert receipt.why.startswith("delta: ")
@@ -344,8 +341,6 @@ def test_a_restarted_trainer_says_what_it_starts_from(engine_of: Any, serves: An
         assert serves(engine, publisher.publish(7, kind="delta"), tensors)
         with pytest.raises(ww.UsageError, match="one is a LoRA adapter and the other a whole model"):
             publisher.start_from(tiny(width=WIDTH), version=7)
-        publisher.start_from(AdapterSource(last, {**CONFIG, "lora_alpha": 3}), version=7)
-        assert publisher.publish(8).why == "whole: the adapter's config is not that of the version before"
 
 
 # -- engines that missed some --------------------------------------------------------------------------------------

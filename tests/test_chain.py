@@ -104,6 +104,28 @@ def test_an_engine_that_missed_updates_gets_them_as_one_delta(
         assert all(same(engine.model, weights) for engine in pair)
 
 
+@pytest.mark.parametrize("transport", ["shm", "gloo"])
+def test_engines_at_three_versions_each_get_what_they_missed(
+    pair: Any, weights: Any, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with contextlib.closing(ww.TransformersEngine(tiny(torch.bfloat16, width=256), name="c")) as third:
+        engines = [*pair, third]
+        with ww.Publisher(weights, engines, baseline="host", transport=transport) as publisher:
+            publisher.publish(4)
+            for version, missing in ((5, [pair[1], third]), (6, [third]), (7, [pair[1], third])):
+                moved(weights, version)
+                with contextlib.ExitStack() as stack:
+                    for engine in missing:
+                        stack.enter_context(failing(engine, monkeypatch))
+                    with pytest.raises(ww.PublishError):
+                        publisher.publish(version)
+            assert versions(engines) == [7, 6, 4]
+            moved(weights, 8)
+            publisher.publish(8, kind="delta")
+            assert versions(engines) == [8, 8, 8]
+            assert all(same(engine.model, weights) for engine in engines)
+
+
 def test_what_missed_more_than_is_kept_gets_everything(
     pair: Any, weights: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

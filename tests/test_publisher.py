@@ -20,6 +20,7 @@ import torch
 import weightwire as ww
 from support import same, snapshot, tiny, weights_for
 from weightwire import run, transports
+from weightwire.receiver import Receiver
 from weightwire.sources import find
 from weightwire.sources.tensors import TensorSource
 from weightwire.transports import gloo, shm
@@ -497,6 +498,33 @@ def test_when_an_engine_fails_to_fetch_it_says_so_after_a_while(
     assert ("stage" in calls) is (size == "large")
     monkeypatch.undo()
     assert_unharmed(engine, old, None)
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_an_engine_that_fails_half_way_says_why(engines: Any, monkeypatch: pytest.MonkeyPatch, size: str) -> None:
+    if size == "large":
+        monkeypatch.setattr(shm, "_SMALL_UPDATE", 0)
+    engine = engines(model=torch.nn.Linear(16, 1 << 16))
+    old = snapshot(engine.model)
+
+    def no_room(*_: Any) -> Any:
+        raise ww.RoomError("no room in the middle")
+
+    with ww.Publisher(weights_for(engine.model, 1), engine, transport="shm", bucket_bytes=1 << 20) as publisher:
+        with monkeypatch.context() as patched:
+            patched.setattr(Receiver, "_take", no_room)
+            with pytest.raises(ww.RoomError, match="no room in the middle") as caught:
+                publisher.publish(1)
+        assert (caught.value.engine, caught.value.phase) == ("a", "stage")
+        assert_unharmed(engine, old, None)
+
+
+def test_tensors_without_an_element_can_be_all_there_is(engines: Any) -> None:
+    model = torch.nn.Linear(4, 4, bias=False)
+    model.weight = torch.nn.Parameter(torch.zeros(4, 0))
+    engine = engines(model=model)
+    with ww.Publisher({"weight": torch.zeros(4, 0)}, engine, deadline=60) as publisher:
+        assert publisher.publish(1).engines["a"].version == 1
 
 
 @pytest.mark.parametrize("size", ["small", "large"])

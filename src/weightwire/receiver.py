@@ -225,6 +225,7 @@ class Receiver:
                 )
             self._followed.set()
             self._followed = threading.Event()
+            buckets, nothing = cut(manifest), [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
             self._update = _Update(
                 id=id,
                 manifest=manifest,
@@ -235,8 +236,9 @@ class Receiver:
                 revision=revision,
                 adapter=adapter,
                 delta=delta,
-                buckets=cut(manifest),
-                scans=[Scan(NO_DIGEST, 0)] * len(manifest.tensors),
+                buckets=buckets,
+                scans=[*nothing],
+                known=[] if buckets else nothing,
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
                 followed=self._followed,
             )

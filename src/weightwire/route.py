@@ -26,17 +26,10 @@ class Kept:
     """What a publisher keeps between publishes for deltas to come."""
 
     baseline: Baseline
-    meaning: object = None
-    """Of an adapter, what its config made of the tensors in the baseline (`updates.adapter.meaning`)."""
     apart: bool = False
     """A commit has failed, and engines may be at different versions since."""
     unsure: tuple[int, list[Delta]] | None = None
     """The version that it would have made, and the deltas that it was, if it was of deltas."""
-
-    def refusal(self, reading: Reading, meaning: object) -> str | None:
-        """Why there is no delta from what is kept to tensors of these specs and this meaning."""
-        why = self.baseline.refusal(reading.specs, reading.mine)
-        return why or (None if meaning == self.meaning else "the adapter's config is not that of the version before")
 
     def settle(self, serves: dict[str, int | None]) -> None:
         """If an engine has what the commit that failed was to make, the next delta starts from that."""
@@ -87,7 +80,6 @@ def find_route(
     reading: Reading,
     ranks: Ranks | None,
     *,
-    meaning: object,
     always: bool,
     finite: bool,
     refusal: Callable[[], str | None],
@@ -100,7 +92,7 @@ def find_route(
     if kept.apart:
         serves = together.from_leader(ask_versions, dict[str, int | None])
         together.everywhere(lambda: kept.settle(serves))
-    why = together.everywhere(lambda: refusal() or kept.refusal(reading, meaning))
+    why = together.everywhere(lambda: refusal() or baseline.refusal(reading.specs, reading.mine))
     if ranks is not None:
         why = ranks.reason(why)
     if why is not None:

@@ -35,7 +35,7 @@ from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Sender, Transport
-from weightwire.updates.adapter import check_name, meaning
+from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
 from weightwire.updates.delta import Delta, scans_of
@@ -109,7 +109,6 @@ class Run:
         self._stages: list[Future[None]] = []
         self._commits: Started[EngineReceipt] = {}
         self._route = Route(why=why)
-        self._meaning: object = None
         self.committing = False
         self._done = False
 
@@ -128,7 +127,6 @@ class Run:
         if not specs:
             raise SourceError("there are no tensors to publish", phase="begin", next_step="Is this the right source?")
         config = getattr(self._source, "lora", None)
-        self._meaning = None if config is None else meaning(config)
         if config is not None and (partial or keep_cache):
             raise UsageError("`partial` and `keep_cache` are for whole models, and this is a LoRA adapter")
         cast = None if config is None else self._cast_to()
@@ -151,13 +149,12 @@ class Run:
             keep=baseline is not None and not self.of_deltas and not partial and staging == "copy",
         )
         manifest = together.from_leader(lambda: self._begin(draft.check()), Manifest)
-        if kept is not None and not self.of_deltas:
-            kept.meaning = self._meaning
-            together.everywhere(lambda: kept.baseline.start(reading.specs, reading.mine))
+        if baseline is not None and not self.of_deltas:
+            together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         marks.append(time.perf_counter())
         scans = own = self._stage(manifest, self._route.deltas)
-        if self._route.behind or not cut(manifest):
-            # Others' senders come next; and where nothing is sent, to seal could be quicker than to stage.
+        if not cut(manifest):
+            # Where nothing is sent, to seal could be quicker than to stage.
             together.on_leader(self._end_stages)
         if baseline is not None and not self.of_deltas and self._ranks is not None:
             own = together.everywhere(lambda: baseline.take_own(reading.read_own))
@@ -210,8 +207,7 @@ class Run:
 
     def start_from(self, base: Source, version: int) -> None:
         """As `Publisher.start_from`."""
-        kept, baseline = self._means.kept, self._baseline
-        assert kept is not None
+        baseline = self._baseline
         assert baseline is not None
         held = tuple(self._together.everywhere(base.metadata))
         specs = tuple(self._together.everywhere(self._source.metadata))
@@ -233,7 +229,6 @@ class Run:
             scans = settle([there.read(numbers[spec.name], at, out[own : own + n]) for own, at, n in runs])
             return sum(scans, Scan(NO_DIGEST, 0))
 
-        kept.meaning = None if its is None else meaning(its)
         self._together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         own = self._together.everywhere(lambda: baseline.take(read))
         self._together.everywhere(lambda: baseline.finish(version, own))
@@ -270,7 +265,6 @@ class Run:
                 self._means.kept,
                 self._reading,
                 self._ranks,
-                meaning=self._meaning,
                 always=self._kind == "delta",
                 finite=finite,
                 refusal=refusal,
@@ -470,6 +464,7 @@ class Run:
         """The same, from memory, for engines that are behind; what each is sent, by its name."""
         found: dict[str, list[Scan]] = {}
         for each in self._route.behind:
+            self._together.on_leader(self._end_stages)  # of those before: a sender is for one manifest
             own = each.of(manifest)
             self._offer(own, [engine for engine in self._fleet.engines if engine.name in each.engines])
             found |= dict.fromkeys(each.engines, self._stage(own, each.deltas))

@@ -21,7 +21,7 @@ from weightwire.engines.vllm.places import alone
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
 from weightwire.engines.vllm.spare import Spare
 from weightwire.engines.vllm.target import _Staged
-from weightwire.errors import MissingTensor, NonFinite, ShapeMismatch, UnknownTensor, UnsupportedError
+from weightwire.errors import BusyError, MissingTensor, NonFinite, ShapeMismatch, UnknownTensor, UnsupportedError
 from weightwire.receiver import Receiver
 from weightwire.sources.tensors import TensorSource
 from weightwire.target import Staging
@@ -473,16 +473,49 @@ def test_an_update_may_begin_while_the_loader_runs_for_one_that_was_aborted() ->
     with ThreadPoolExecutor(2) as pool:
         filling = pool.submit(fill, staged, sent)
         assert Slow.entered.wait(30)
-        beginning = pool.submit(rank.begin, manifest_of(sent))
-        with pytest.raises(TimeoutError):
-            beginning.result(0.2)
+        with pytest.raises(BusyError, match="still running"):
+            rank.begin(manifest_of(sent))
+        other = _Staged(
+            manifest_of(sent), staged._plan, rank.twin, [slot.fresh() for slot in rank.slots], rank.packer, rank.spare
+        )
+        assert all(parameter.is_meta for parameter in other._twin.values())
         Slow.go_on.set()
         filling.result()
-        other = beginning.result()
+        other = rank.begin(manifest_of(sent))
     staged.discard()
     fill(other, sent)
     commit(other, sent)
     assert rank.holds(sent)
+
+
+class Captured(Model):
+    """A loader that has taken its parameter along, and writes to that whatever stands in its place."""
+
+    def __init__(self, device: str, packs: bool = False) -> None:
+        super().__init__(device, packs)
+        own = self.turned.weight
+        self.write = lambda tensor: own.data.copy_(tensor.t() * 1)
+
+    def _load_turned(self, name: str, tensor: torch.Tensor) -> None:
+        self.write(tensor)
+
+
+class Gap(Model):
+    """As many elements as the parameter has, some of them twice."""
+
+    def _load_turned(self, name: str, tensor: torch.Tensor) -> None:
+        turned = tensor.t() * 1
+        half = len(turned) // 2 + 1
+        self.turned.weight.data[:half].copy_(turned[:half])
+        self.turned.weight.data[1 : 1 + len(turned) - half].copy_(turned[half:])
+
+
+@pytest.mark.parametrize("model", [Captured, Gap])
+def test_a_loader_that_does_not_fill_what_stands_in_its_parameters_place_is_refused(model: type[Model]) -> None:
+    rank = Rank(model)
+    rank.spare.keep(torch.full(SHAPES["turned"], 7.0))
+    with pytest.raises((UnsupportedError, MissingTensor), match="turned"):
+        rank.publish(weights(2))
 
 
 class Attributed(Model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -13,7 +14,7 @@ import torch
 
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
-from weightwire.transports import shm
+from weightwire.transports import shm, unix_socket
 from weightwire.transports.base import Link, Sender
 from weightwire.updates.buckets import Bucket
 
@@ -117,6 +118,46 @@ def test_nobody_is_waited_for_before_the_end(root: Path) -> None:
     assert not asked
     sender.finish()
     assert asked == ["the last buckets to be read"]
+    sender.close()
+
+
+def test_a_stranger_at_one_engines_socket_takes_no_place_at_anothers(root: Path) -> None:
+    buckets = buckets_of(300)
+    links = [Link(engine=id, update=id * 32, ranks=1, put=lambda *_: None) for id in "ab"]
+    sender = shm.Shm(root).sender(links, buckets, refuse, SECONDS)
+    fill(sender, buckets, random(buckets))
+    stranger = socket.socket(socket.AF_UNIX)
+    with unix_socket._short(shm._socket(root, "a" * 32)) as path:
+        stranger.connect(path)
+    with pytest.raises(TransportError, match="last buckets to be read"):
+        sender.finish()
+    reader = Reader(root, arrivals_of(buckets, update="b" * 32))
+    wait(lambda: sender.finish() is None, "the other engine")
+    reader.join(SECONDS)
+    assert reader.got.keys() == {0}
+    sender.close()
+    stranger.close()
+
+
+def test_a_reader_that_is_not_let_in_waits_as_long_as_the_lease(root: Path) -> None:
+    buckets = buckets_of(300)
+    sender = sender_of(root, buckets, wait=refuse)
+    strangers = [socket.socket(socket.AF_UNIX) for _ in range(8)]
+    for stranger in strangers:
+        stranger.setblocking(False)
+        with contextlib.suppress(BlockingIOError), unix_socket._short(shm._socket(root, UPDATE)) as path:
+            stranger.connect(path)
+    with pytest.raises(TransportError, match=r"sent nothing for 0\.05 s"):
+        list(shm.fetch("shm:", arrivals_of(buckets, lease=0.05), root))
+    sender.close()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_of_nothing_nobody_is_waited_for(root: Path) -> None:
+    sender = sender_of(root, [], wait=refuse)
+    sender.finish()
+    assert list(shm.fetch("shm:", arrivals_of([]), root)) == []
     sender.close()
 
 

@@ -52,12 +52,11 @@ class SocketSender:
         starts = itertools.accumulate((bucket.nbytes for bucket in buckets), initial=0)
         self._starts = {bucket.index: start for bucket, start in zip(buckets, starts, strict=False)}
         self._filled = 0
-        self._listening: list[tuple[socket.socket, Path]] = []
+        self._doors: list[_Door] = []
         self._readers: list[_Reader] = []
-        self._expected = sum(link.ranks for link in links)
         try:
-            for name, link in zip(names, links, strict=True):
-                self._listening.append((_listen(name, link.ranks), name))
+            for name, link in zip(names, links, strict=True) if buckets else ():  # nobody comes for nothing
+                self._doors.append(_Door(name, link.ranks))
         except OSError as error:
             self.close()
             raise TransportError(f"no socket can be put into {names[0].parent}: {error}") from error
@@ -75,38 +74,32 @@ class SocketSender:
     def finish(self) -> None:
         def read() -> bool:
             self._accept()
-            return self._pushed() and len(self._readers) == self._expected
+            return self._pushed() and not self._doors
 
         if not read():
             self._wait(read, "the last buckets to be read")
 
     def close(self) -> None:
-        for listening, name in self._listening:
-            listening.close()
-            name.unlink(missing_ok=True)
+        for door in self._doors:
+            door.close()
         for reader in self._readers:
-            reader.socket.close()
-        self._listening.clear()
+            reader.close()
+        self._doors.clear()
         self._readers.clear()
 
     def _accept(self) -> None:
-        for listening, _ in self._listening:
-            with contextlib.suppress(BlockingIOError):
-                while True:
-                    accepted, _ = listening.accept()
-                    accepted.setblocking(False)
-                    self._readers.append(_Reader(accepted))
-        if len(self._readers) == self._expected:
-            for listening, name in self._listening:
-                listening.close()
-                name.unlink(missing_ok=True)
-            self._listening.clear()
+        try:
+            for door in self._doors:
+                self._readers += door.accept()
+        except OSError as error:
+            raise TransportError(f"a reader cannot be let in: {error}") from error
+        self._doors = [door for door in self._doors if door.awaited]
 
     def _pushed(self) -> bool:
         """Send what is filled to those who have connected; whether they have it all. For as long as they take it."""
         data = self._memory.numpy().data[: self._filled]
         while left := [reader for reader in self._readers if reader.sent < self._filled]:
-            ready = _ready([reader.socket for reader in left], select.POLLOUT)
+            ready = _writable([reader.socket for reader in left])
             if not ready:
                 return False
             for reader in left:
@@ -119,16 +112,52 @@ class SocketSender:
             reader.sent += reader.socket.send(data[reader.sent :])
         except BlockingIOError:
             pass
-        except OSError:
+        except OSError as error:
             # The engine has ended the update. Its answer to `stage` says why, and ends this wait.
             self._wait(lambda: False, "the engine to say why it ended the update")
-            raise
+            raise TransportError(f"a reader is gone: {error}") from error
 
 
 class _Reader:
     def __init__(self, to: socket.socket) -> None:
         self.socket = to
         self.sent = 0
+        to.setblocking(False)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+class _Door:
+    """A socket under a name that so many readers connect to: gone as soon as all have."""
+
+    def __init__(self, name: Path, readers: int) -> None:
+        self.awaited = readers
+        self._name = name
+        self._socket = _listen(name, readers)
+
+    def accept(self) -> list[_Reader]:
+        """Those who have come."""
+        come: list[_Reader] = []
+        with contextlib.suppress(BlockingIOError):
+            while self.awaited:
+                come.append(_Reader(self._socket.accept()[0]))
+                self.awaited -= 1
+        if not self.awaited:
+            self.close()
+        return come
+
+    def close(self) -> None:
+        self._socket.close()
+        self._name.unlink(missing_ok=True)
+
+
+def _writable(sockets: Sequence[socket.socket]) -> set[int]:
+    """The file numbers of those that take more, or are broken; after a while, none."""
+    poll = select.poll()
+    for each in sockets:
+        poll.register(each, select.POLLOUT)
+    return {number for number, _ in poll.poll(1e3 * _LOOK_SECONDS)}
 
 
 def _listen(name: Path, readers: int) -> socket.socket:
@@ -171,38 +200,35 @@ def receive(name: Path, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
 @contextlib.contextmanager
 def _connected(name: Path, arrivals: Arrivals) -> Iterator[socket.socket]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection, _short(name) as path:
+        connection.setblocking(False)
         try:
-            connection.connect(path)
+            for _ in looks(arrivals):
+                with contextlib.suppress(BlockingIOError):  # others are waiting to be let in
+                    connection.connect(path)
+                    break
         except OSError as error:
             raise TransportError(f"the trainer cannot be reached: {error}") from error
-        connection.setblocking(False)
+        connection.settimeout(_LOOK_SECONDS)
         yield connection
 
 
 def _read(connection: socket.socket, to: memoryview, arrivals: Arrivals) -> None:
     while to:
-        _await_bytes(connection, arrivals)
-        try:
-            count = connection.recv_into(to)
-        except OSError as error:
-            raise TransportError(f"the connection to the trainer broke: {error}") from error
+        count = _some(connection, to, arrivals)
         if not count:
             raise TransportError(f"the trainer hung up {len(to)} bytes before the end of a bucket")
         to = to[count:]
 
 
-def _await_bytes(connection: socket.socket, arrivals: Arrivals) -> None:
+def _some(connection: socket.socket, to: memoryview, arrivals: Arrivals) -> int:
     for _ in looks(arrivals, pause=0.0):
-        if _ready([connection], select.POLLIN):
-            return
-
-
-def _ready(sockets: Sequence[socket.socket], event: int) -> set[int]:
-    """The file numbers of those that can be read or written, or are broken; after a while, none."""
-    poll = select.poll()
-    for each in sockets:
-        poll.register(each, event)
-    return {number for number, _ in poll.poll(1e3 * _LOOK_SECONDS)}
+        try:
+            return connection.recv_into(to)
+        except TimeoutError:
+            continue
+        except OSError as error:
+            raise TransportError(f"the connection to the trainer broke: {error}") from error
+    raise AssertionError("it looks until it raises")
 
 
 def looks(arrivals: Arrivals, pause: float = 0.0001) -> Iterator[None]:

@@ -26,7 +26,7 @@ from weightwire.errors import (
 )
 from weightwire.updates.manifest import AdapterName, TensorSpec
 
-__all__ = ["METADATA_KEY", "PREFIX", "check_adapter", "check_name", "meaning", "plain_config"]
+__all__ = ["METADATA_KEY", "PREFIX", "check_adapter", "check_name", "plain_config"]
 
 PREFIX = "base_model.model."
 """With what PEFT's saved names begin."""
@@ -133,19 +133,6 @@ def check_adapter(specs: Sequence[TensorSpec], config: Mapping[str, Any]) -> dic
     if not ranks:
         raise ManifestError("the adapter has no tensors", next_step="Send its lora_A and lora_B tensors.")
     return ranks
-
-
-def meaning(config: Mapping[str, Any]) -> object:
-    """What of a config says how tensors are to be understood: alike for two that differ in nothing else.
-
-    >>> meaning({"r": 8, "lora_alpha": 16, "target_modules": ["v", "q"], "inference_mode": True}) == meaning(
-    ...     {"r": 8, "lora_alpha": 16.0, "target_modules": ["q", "v"], "rank_pattern": {}}
-    ... )
-    True
-    """
-    said = _settings(config)
-    targets = sorted(said.target_modules) if isinstance(said.target_modules, list) else said.target_modules
-    return said.r, said.lora_alpha, said.use_rslora, said.rank_pattern or {}, said.alpha_pattern or {}, targets
 
 
 # -- the config --------------------------------------------------------------------------------------------------------

@@ -416,12 +416,13 @@ class _Staged(StagedAdapter):
         for flat, own in memory.flat:
             if own is not flat:
                 own.copy_(flat)
-        self._built = built if _is_made_of(built, memory.given) else self._build(memory.given)
-        for name, lora in self._built.loras.items():
+        built = built if _is_made_of(built, memory.given) else self._build(memory.given)
+        for name, lora in built.loras.items():
             # As vLLM does when it takes it, on the thread that generates; 0.26 would scale those of experts once more.
             if ".experts" not in name:
                 lora.optimize()
         self._on_host = _OnHost([each for both in memory.flat for each in both])
+        self._built = built  # last: from here on `check`, on the engine's thread, may take it
 
     def check(self, seconds: float) -> bool:
         if self._built is None:

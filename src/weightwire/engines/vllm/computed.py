@@ -3,7 +3,8 @@
 What such a loader does is not written down and replayed but done again: the tensors that it needs are kept whole as
 they arrive, and once all are there it is run on them, on the twin, with staged memory in the place of the parameters
 that it fills. What comes out is staged like all else. The loader sees what it sees when an engine starts: tensors on
-the host, parameters on the engine's device. So it computes the same, bit for bit.
+the host, parameters on the engine's device. So it computes the same, bit for bit. Only torch's default dtype is
+another, which is the whole process's; vLLM's loaders do not go by it.
 """
 
 from __future__ import annotations
@@ -16,14 +17,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from weightwire.errors import UnsupportedError
+from weightwire.errors import BusyError, UnsupportedError
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["Group", "Ingredients", "batched", "groups_of", "in_turn", "named"]
+__all__ = ["Group", "Ingredients", "batched", "groups_of", "in_turn", "named", "standing_in"]
 
+Allocate = Callable[[str], torch.Tensor]
 _BATCH_BYTES = 64 << 20  # a loader goes through all of the model each time it is run
-in_turn = threading.RLock()
-"""Held by whoever runs a twin's loader: an update may begin while one that was aborted still runs it."""
+_running = threading.Lock()
+
+
+@contextlib.contextmanager
+def in_turn(seconds: float = -1) -> Iterator[None]:
+    """Who runs a twin's loader does it in here: an update may begin while one that was aborted still runs it. With
+    `seconds`, as on the thread that generates, `BusyError` when others are in here for longer."""
+    if not _running.acquire(timeout=seconds):
+        raise BusyError("the loader of an update that was aborted is still running", next_step="Publish again.")
+    try:
+        yield
+    finally:
+        _running.release()
 
 
 class Group(NamedTuple):
@@ -73,17 +86,11 @@ def named(manifest: Manifest) -> list[tuple[str, int]]:
 
 
 class Ingredients:
-    """The tensors of an update that parameters are computed from, on the host until their loader has run.
-    `allocate` gives the staged memory of a parameter, by its name. Where there are groups there is a twin."""
+    """The tensors of an update that parameters are computed from, on the host until their loader has run. Where there
+    are groups there is a twin."""
 
-    def __init__(
-        self,
-        twin: torch.nn.Module | None,
-        manifest: Manifest,
-        groups: Sequence[Group],
-        allocate: Callable[[str], torch.Tensor],
-    ) -> None:
-        self._twin, self._manifest, self._allocate = twin, manifest, allocate
+    def __init__(self, twin: torch.nn.Module | None, manifest: Manifest, groups: Sequence[Group]) -> None:
+        self._twin, self._manifest = twin, manifest
         self._group = {number: group for group in groups for number in group.tensors}
         self._tensors: dict[int, torch.Tensor] = {}
         self._missing = Counter({group: sum(self._specs[n].numel for n in group.tensors) for group in groups})
@@ -98,9 +105,9 @@ class Ingredients:
     def __contains__(self, tensor: int) -> bool:
         return tensor in self._group
 
-    def write(self, tensor: int, start: int, data: torch.Tensor) -> Sequence[str]:
-        """As `target.Staging.write`. Gives the parameters that are staged by now because of it. Raises
-        `UnsupportedError` when their loader fails."""
+    def write(self, tensor: int, start: int, data: torch.Tensor, allocate: Allocate) -> Sequence[str]:
+        """As `target.Staging.write`. Gives the parameters that are staged by now because of it, in the memory that
+        `allocate` gives for a name. Raises `UnsupportedError` when their loader fails."""
         if tensor not in self._group:
             return ()
         self._kept(tensor).view(-1)[start : start + data.numel()].copy_(data)
@@ -108,7 +115,7 @@ class Ingredients:
         self._missing[group] -= data.numel()
         if self._missing[group]:
             return ()
-        self._load(group)
+        self._load(group, allocate)
         return group.parameters
 
     def discard(self) -> None:
@@ -120,15 +127,15 @@ class Ingredients:
             self._tensors[tensor] = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
         return self._tensors[tensor]
 
-    def _load(self, group: Group) -> None:
+    def _load(self, group: Group, allocate: Allocate) -> None:
         arrived = {number: self._kept(number) for number in group.tensors}
         for number in group.tensors:
             del self._tensors[number]
         weights = [(name, arrived[number]) for name, number in named(self._manifest) if number in arrived]
-        staged = {name: self._allocate(name) for name in group.parameters}
+        staged = {name: allocate(name) for name in group.parameters}
         twin: Any = self._twin
         try:
-            with in_turn, _standing_in(twin, staged), torch.no_grad():
+            with in_turn(), standing_in(twin, staged), torch.no_grad():
                 twin.load_weights(iter(weights))
         except (MemoryError, torch.OutOfMemoryError):
             raise
@@ -140,7 +147,7 @@ class Ingredients:
 
 
 @contextlib.contextmanager
-def _standing_in(twin: torch.nn.Module, staged: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def standing_in(twin: torch.nn.Module, staged: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Meanwhile these parameters of the twin have this memory. All of them that are one tensor stay one."""
     instead: dict[int, torch.nn.Parameter] = {}
     for name, shadow in twin.named_parameters():

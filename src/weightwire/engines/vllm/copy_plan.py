@@ -9,7 +9,7 @@ parameter is computed from, by whatever operations, so that the loader can be ru
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,12 +17,14 @@ import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightwire.engines.vllm.computed import Group, batched, groups_of, in_turn, named
+from weightwire.engines.vllm.computed import Group, batched, groups_of, in_turn, named, standing_in
 from weightwire.errors import MissingTensor, ShapeMismatch, UnknownTensor, UnsupportedError, WeightwireError
 from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
 from weightwire.updates.manifest import Manifest, TensorSpec
 
 __all__ = ["Copy", "Fill", "Place", "Plan", "Run", "record"]
+
+_WAIT_SECONDS = 0.05  # on the thread that generates
 
 
 class Copy(NamedTuple):
@@ -80,6 +82,8 @@ class Plan:
     runs: dict[str, list[Run]] = field(default_factory=dict)
     computed: list[Group] = field(default_factory=list)
     reads: dict[int, list[Box]] = field(default_factory=dict)
+    parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    """The twin's own, by name, which have shapes and dtypes and no memory."""
 
     @property
     def takes(self) -> list[list[Box]]:
@@ -119,13 +123,14 @@ class Plan:
 
 def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
     """The plan for a manifest, or the error that says why there is none. Touches nothing but the twin."""
-    with in_turn:
+    with in_turn(_WAIT_SECONDS):
         recorder = _recorded(twin, manifest)
         recorder.finish()
         plan = recorder.plan
+        plan.parameters = dict(twin.named_parameters())
         for group in plan.computed:
             _refuse_entangled(twin, manifest, group, recorder)
-        plan.runs = _runs(plan, manifest.tensors, dict(twin.named_parameters()))
+        plan.runs = _runs(plan, manifest.tensors, plan.parameters)
     return plan
 
 
@@ -154,8 +159,15 @@ def _refuse_entangled(twin: torch.nn.Module, manifest: Manifest, group: Group, w
     when it is given everything."""
     specs = tuple(manifest.tensors[number] for number in group.tensors)
     aliases = {a: n for a, n in manifest.aliases.items() if n in {spec.name for spec in specs}}
+    # In other parameters' place, as it will be run: what it writes to those that it has taken along is not seen here.
+    others = {
+        name: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
+        for name, parameter in twin.named_parameters()
+        if name in group.parameters
+    }
     try:
-        apart = _recorded(twin, msgspec.structs.replace(manifest, tensors=specs, aliases=aliases))
+        with standing_in(twin, others):
+            apart = _recorded(twin, msgspec.structs.replace(manifest, tensors=specs, aliases=aliases))
     except WeightwireError as error:
         raise UnsupportedError(f"{_some(group.parameters)} cannot be loaded without the rest: {error}") from error
     if unlike := [name for name in group.parameters if apart.how(name) != whole.how(name)]:
@@ -335,7 +347,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         parts = {name: self._made_of[storage] for storage, name in self._parameters.items() if name in self._computed}
         needs = {name: {number for number, _ in made_of} for name, made_of in parts.items()}
         for name, why in self._computed.items():
-            plan.covered[name] = sum(_count(shape) for _, shape, _ in self.written[name])
+            plan.covered[name] = _union(self.written[name], _count(self.shapes[name]))
             some = plan.covered[name] < _count(self.shapes[name])
             if not needs[name] or (some and why.startswith("aten")):
                 raise UnsupportedError(
@@ -448,6 +460,16 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _count(shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel()
+
+
+def _union(regions: Collection[tuple[int, tuple[int, ...], tuple[int, ...]]], numel: int) -> int:
+    """How many elements of a parameter lie in any of these."""
+    if len(regions) < 2:
+        return sum(_count(shape) for _, shape, _ in regions)
+    seen = torch.zeros(numel, dtype=torch.bool)
+    for offset, shape, strides in regions:
+        seen.as_strided(shape, strides, offset).fill_(True)
+    return int(seen.sum())
 
 
 def _some(names: Sequence[str]) -> str:

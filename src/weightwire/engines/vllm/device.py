@@ -135,7 +135,7 @@ class DeviceStaging:
         self._staged: dict[str, torch.Tensor] = {}
         self._regions: list[Region] = []
         self._expected: list[Scan] = []
-        self._ingredients = Ingredients(twin, manifest, plan.computed, self._allocated)
+        self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
         self._cast = {
             copy.parameter
@@ -163,7 +163,7 @@ class DeviceStaging:
         self.nbytes = self._size(self._own)
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        self._ingredients.write(tensor, start, data)
+        self._ingredients.write(tensor, start, data, self._allocated)
         self._copy_in(tensor, start, data)
 
     def _copy_in(self, tensor: int, start: int, data: torch.Tensor) -> None:
@@ -176,7 +176,7 @@ class DeviceStaging:
         copies = self._plan.copies
         for piece in bucket.pieces:
             if piece.tensor in self._ingredients:
-                self._ingredients.write(piece.tensor, piece.start, self._run(piece, data))
+                self._ingredients.write(piece.tensor, piece.start, self._run(piece, data), self._allocated)
         if data.device != self._device or any(
             c.parameter in self._cast for p in bucket.pieces for c in copies[p.tensor]
         ):
@@ -202,7 +202,7 @@ class DeviceStaging:
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         """The whole of a tensor, in memory that stays as it is until `discard`. It may be on another GPU."""
-        self._ingredients.write(tensor, 0, data.reshape(-1))
+        self._ingredients.write(tensor, 0, data.reshape(-1), self._allocated)
         if any(copy.parameter in self._cast for copy in self._plan.copies[tensor]):
             self._copy_in(tensor, 0, data.reshape(-1))
         else:

@@ -22,7 +22,7 @@ from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
 from weightwire.engines.vllm.spare import Spare
-from weightwire.errors import EngineError, UnsupportedError, UsageError, VersionError
+from weightwire.errors import EngineError, RoomError, UnsupportedError, UsageError, VersionError
 from weightwire.revisions import Revision
 from weightwire.target import AdapterStaging, DeltaStaging, Staging
 from weightwire.updates.digest import Scan, scan_and_copy
@@ -101,6 +101,13 @@ class VllmTarget:
     def _on_device(self, manifest: Manifest, plan: Plan) -> Staging:
         from weightwire.engines.vllm.device import DeviceStaging, Held, Tables  # needs Triton
 
+        # What parameters are computed from is kept on the host, whole on each rank.
+        needed = sum(manifest.tensors[number].nbytes for group in plan.computed for number in group.tensors)
+        if needed and needed > (room := self._host_room()):
+            raise RoomError(
+                f"what parameters are computed from takes {needed} bytes on the host, {room} may be used",
+                next_step="Free memory on the engine's machine.",
+            )
         self._tables, self._held = self._tables or Tables(), self._held or Held()
         return DeviceStaging(
             manifest, plan, self._live(), self._worker.device, self._tables, self._held, twin=self._twin
@@ -158,15 +165,17 @@ class VllmTarget:
             idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
             room = torch.cuda.mem_get_info(device)[0] + idle
         else:
-            # Tensor-parallel ranks stage at the same time, and on a CPU they share the machine.
-            room = int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
-            room += self._spare.nbytes
+            room = self._host_room() + self._spare.nbytes
         limit = os.environ.get("WEIGHTWIRE_STAGING_LIMIT")
         if limit is None:
             return room
         if not limit.isdigit():
             raise UsageError(f"WEIGHTWIRE_STAGING_LIMIT={limit!r}", next_step="Give a number of bytes.")
         return min(room, int(limit))
+
+    def _host_room(self) -> int:
+        # Tensor-parallel ranks stage at the same time, and share the machine.
+        return int(psutil.virtual_memory().available) // int(self._worker.parallel_config.tensor_parallel_size)
 
     def _refuse_replicas(self) -> None:
         # Of data-parallel replicas only one would be asked, of pipeline stages each has a part of the model.
@@ -226,8 +235,8 @@ class _Staged:
     ) -> None:
         self._manifest = manifest
         self._plan = plan
-        self._twin = dict(twin.named_parameters())
-        self._ingredients = Ingredients(twin, manifest, plan.computed, self._allocate)
+        self._twin = plan.parameters
+        self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
         self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
         self._staged: dict[str, torch.Tensor] = {}
@@ -253,7 +262,7 @@ class _Staged:
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
         spec, copies = self._manifest.tensors[tensor], self._plan.copies[tensor]
-        made = self._ingredients.write(tensor, start, data)
+        made = self._ingredients.write(tensor, start, data, self._allocate)
         for copy in copies:
             if copy.parameter not in self._staged:
                 self._allocate(copy.parameter)
