@@ -127,7 +127,7 @@ class _Seen:
     sums: Array
     nonfinite: Array
     counts: Array
-    held: Sequence[Sequence[torch.Tensor]]
+    held: Sequence[torch.Tensor]
     lines: torch.Tensor
     ends: Array
     segments: torch.Tensor
@@ -150,17 +150,17 @@ class _Found:
 def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]) -> _Seen:
     device, itemsize = bases[0].device, bases[0].element_size()
     halves = 4 // itemsize
-    held = [[tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone() for tensor in pair]
-            for pair in zip(bases, news, strict=True)]  # fmt: skip
-    lines = np.array(
-        [
-            (b.data_ptr(), n.data_ptr(), n.numel() // halves, n.numel() % halves, start * itemsize,
-             *word_facts(n.dtype)[:2])
-            for (b, n), start in zip(held, starts, strict=True)
-        ],
-        np.int64,
-    )  # fmt: skip
-    numels = lines[:, 2] * halves + lines[:, 3]
+    held = [*bases, *news]
+    addresses = np.array([tensor.data_ptr() for tensor in held])
+    for n in np.flatnonzero(addresses % _ALIGNMENT):
+        held[n] = held[n].clone()
+        addresses[n] = held[n].data_ptr()
+    numels = np.array([new.numel() for new in news])
+    facts = {dtype: word_facts(dtype)[:2] for dtype in {new.dtype for new in news}}
+    lines = np.stack([
+        *addresses.reshape(2, -1), numels // halves, numels % halves, np.array(starts) * itemsize,
+        *np.array([facts[new.dtype] for new in news]).T,
+    ], axis=1)  # fmt: skip
     elements = halves * rice_cuda.SEGMENT
     parts = parts_of(-(-numels // elements), device)
     segments = torch.stack([parts.of, parts.number], dim=1).to(torch.int32)
@@ -174,9 +174,9 @@ def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts:
                 table, segments, each, sums, bits, HALVES=halves, SEGMENT=rice_cuda.SEGMENT, WORDS=rice_cuda.WORDS,
                 THREADS=32 * _WARPS, FIELDS=lines.shape[1], num_warps=_WARPS,
             )  # fmt: skip
-    facts = sums.cpu().numpy()
+    found = sums.cpu().numpy()
     return _Seen(
-        news=news, starts=starts, sums=facts[:, :4], nonfinite=facts[:, 4], counts=facts[:, 5], held=held, lines=table,
+        news=news, starts=starts, sums=found[:, :4], nonfinite=found[:, 4], counts=found[:, 5], held=held, lines=table,
         ends=parts.ends, segments=segments, each=each, bits=bits,
     )  # fmt: skip
 
