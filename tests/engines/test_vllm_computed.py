@@ -15,10 +15,11 @@ from support.staging import Layer
 from weightwire.engines.control import refuse_left_over
 from weightwire.engines.vllm import computed
 from weightwire.engines.vllm.computed import Group, batched
-from weightwire.engines.vllm.copy_plan import Plan, record
+from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.places import alone
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
+from weightwire.engines.vllm.recording import record
 from weightwire.engines.vllm.spare import Spare
 from weightwire.engines.vllm.target import _Staged
 from weightwire.errors import BusyError, MissingTensor, NonFinite, ShapeMismatch, UnknownTensor, UnsupportedError

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-from weightwire.engines.vllm.copy_plan import Run, record
+from weightwire.engines.vllm.copy_plan import Run
 from weightwire.engines.vllm.layout import Slot, _packs
+from weightwire.engines.vllm.recording import record
 from weightwire.errors import VerificationError
 from weightwire.sources.tensors import TensorSource
 from weightwire.updates.digest import scan

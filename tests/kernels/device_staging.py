@@ -7,9 +7,9 @@ import torch
 from tests.kernels.device import DEVICE
 from tests.kernels.device_delta import Rank, weights
 
-from weightwire.engines.vllm.copy_plan import record
 from weightwire.engines.vllm.device import DeviceStaging, Held, Tables
 from weightwire.engines.vllm.device_delta import DeviceDelta
+from weightwire.engines.vllm.recording import record
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
 from weightwire.updates.buckets import cut

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from weightwire.engines.vllm.copy_plan import record
 from weightwire.engines.vllm.layout import Slot
+from weightwire.engines.vllm.recording import record
 from weightwire.engines.vllm.spare import Spare
 from weightwire.engines.vllm.target import _Staged
 from weightwire.sources.tensors import TensorSource

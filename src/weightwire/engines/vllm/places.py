@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from weightwire.engines.vllm import copy_plan, skeleton
+from weightwire.engines.vllm import recording, skeleton
 from weightwire.errors import ShapeMismatch
 from weightwire.updates.boxes import Box
 from weightwire.updates.manifest import Manifest, TensorSpec
@@ -27,7 +27,7 @@ class Places:
     def of(self, spec: TensorSpec) -> list[Box]:
         """The parts of it that go anywhere here. Raises `UnknownTensor` or `ShapeMismatch`."""
         if spec not in self._known:
-            plan = copy_plan.record(self._twin, alone(spec))
+            plan = recording.record(self._twin, alone(spec))
             self._refuse_kind(spec, plan.covered)
             self._known[spec] = plan.takes[0], dict(plan.covered)
         return self._known[spec][0]

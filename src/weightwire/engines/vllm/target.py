@@ -15,7 +15,7 @@ import msgspec
 import psutil
 import torch
 
-from weightwire.engines.vllm import copy_plan, layout, skeleton
+from weightwire.engines.vllm import layout, recording, skeleton
 from weightwire.engines.vllm.adapters import AdapterStore
 from weightwire.engines.vllm.computed import Ingredients
 from weightwire.engines.vllm.copy_plan import Plan
@@ -83,7 +83,7 @@ class VllmTarget:
             self._twin = twin
         key = _plan_key(manifest)
         if self._plan is None or self._plan[0] != key:
-            self._plan = (key, copy_plan.record(self._twin, manifest))
+            self._plan = (key, recording.record(self._twin, manifest))
         if self._worker.device.type != "cpu":
             return self._on_device(manifest, self._plan[1])
         if manifest.staging != "copy":
