@@ -67,6 +67,7 @@ def test_with_a_base_only_what_changed_is_sent(run: Any, served: Any, checkpoint
     done = run("push", old, "--base", old, *to)
     assert (done.code, done.json["kind"]) == (0, "dense")
     assert same(here.model, weights_in(old))
+    assert run("push", new, "--base", old, *to[:-1]).out.count("of the elements changed") == 1
 
 
 @pytest.mark.parametrize("how", ["--token", "--token-file", "WEIGHTWIRE_TOKEN", "WEIGHTWIRE_TOKEN_FILE"])

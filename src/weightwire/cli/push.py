@@ -121,8 +121,6 @@ def _print(receipt: Receipt) -> None:
         proofs = ", ".join(sorted(set(engine.proven.values())))
         rows.append([name, engine.transport, str(engine.parameters), proofs, f"{engine.pause * 1e3:.0f} ms"])
     print(receipt)
-    if receipt.why:
-        print(f"{receipt.kind}: {receipt.why}")
     what = "modules" if receipt.kind == "adapter" else "parameters"
     print_table(["engine", "transport", what, "proven", "paused"], rows)
 
