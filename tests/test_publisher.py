@@ -519,11 +519,12 @@ def test_an_engine_that_fails_half_way_says_why(engines: Any, monkeypatch: pytes
         assert_unharmed(engine, old, None)
 
 
-def test_tensors_without_an_element_can_be_all_there_is(engines: Any) -> None:
+@pytest.mark.parametrize("transport", IN_PROCESS)
+def test_tensors_without_an_element_can_be_all_there_is(engines: Any, transport: str) -> None:
     model = torch.nn.Linear(4, 4, bias=False)
     model.weight = torch.nn.Parameter(torch.zeros(4, 0))
     engine = engines(model=model)
-    with ww.Publisher({"weight": torch.zeros(4, 0)}, engine, deadline=60) as publisher:
+    with ww.Publisher({"weight": torch.zeros(4, 0)}, engine, transport=transport, deadline=60) as publisher:
         assert publisher.publish(1).engines["a"].version == 1
 
 

@@ -82,6 +82,7 @@ class DeviceBaseline(Baseline):
             here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
             if (first, last) not in self._sites:
+                self._sites.clear()  # where there are several batches, they are others each time
                 self._sites[first, last] = Sites([*map(_whole, range(last - first), self._tensors[first:last])])
             patches = Patches(changes, self._sites[first, last])
             patches.look()

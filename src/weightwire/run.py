@@ -385,7 +385,7 @@ class Run:
         sender = transport.sender(links, buckets, self._wait, self._means.lease)
         self._senders.append(sender)
         for engine, address in zip(engines, sender.addresses, strict=True):
-            if address is not None:
+            if address is not None and buckets:  # nobody comes for nothing
                 self._unasked.append(functools.partial(self._fetch, engine, address))
         if any(self._told[engine.name] != address for engine, address in zip(engines, sender.addresses, strict=True)):
             self._ask()
@@ -415,16 +415,19 @@ class Run:
 
     def _stage(self, manifest: Manifest, deltas: Sequence[Delta] | None) -> list[Scan]:
         """Read every bucket, on all ranks together, or take it from `deltas`, and send it from rank 0."""
-        scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
             whole = self._ahead or self._reading.whole
-            scans = self._ahead_scans or scan_tensors_any(whole)
+            ahead = self._ahead_scans or scan_tensors_any(whole)
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
-            return settle(scans)
-        scans = [*self._ahead_scans] or ([*scans_of(deltas)] if deltas is not None else scans)
+            return settle(ahead)
+        scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        if deltas:  # which only rank 0 has
+            scans = [*scans_of(deltas)]
+        elif self._ahead_scans:
+            scans = [*self._ahead_scans]
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):

@@ -83,7 +83,7 @@ class SocketSender:
         for door in self._doors:
             door.close()
         for reader in self._readers:
-            reader.close()
+            reader.socket.close()
         self._doors.clear()
         self._readers.clear()
 
@@ -123,9 +123,6 @@ class _Reader:
         self.socket = to
         self.sent = 0
         to.setblocking(False)
-
-    def close(self) -> None:
-        self.socket.close()
 
 
 class _Door:

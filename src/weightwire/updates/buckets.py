@@ -37,8 +37,8 @@ class Bucket(NamedTuple):
 
 def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tensor], *, fill: bool) -> None:
     """Copy a bucket's pieces, of tensors of bytes (uint8, 1-D, on one device), between them and `data`, the bucket's
-    memory: into it with `fill`, else out of it. Nothing is waited for. Where the tensors lie side by side just as in
-    the bucket, it is one copy: for hundreds of them, one each takes longer than their bytes.
+    memory: out of it, or into it with `fill`, where nothing is waited for and the tensors must stay. Where they lie
+    side by side just as in the bucket, it is one copy: for hundreds of them, one each takes longer than their bytes.
 
     >>> bucket, memory = Bucket(0, 67, (Piece(0, 0, 2, 0), Piece(1, 0, 3, 64))), torch.zeros(80, dtype=torch.uint8)
     >>> copy_pieces(bucket, torch.arange(67, dtype=torch.uint8), [memory[:2], memory[64:67]], fill=False)
@@ -47,14 +47,15 @@ def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tens
     """
     if not bucket.pieces:
         return
-    alike = _laid_out_alike(bucket, tensors)
-    own = (
-        [tensors[number][start : start + count] for number, start, count, _ in bucket.pieces]
-        if alike is None
-        else [alike]
-    )
-    there = [data[at : at + count] for _, _, count, at in bucket.pieces] if alike is None else [data[: bucket.nbytes]]
-    torch._foreach_copy_(there if fill else own, own if fill else there, non_blocking=True)
+    if (memory := _laid_out_alike(bucket, tensors)) is not None:
+        own, there = [memory], [data[: bucket.nbytes]]
+    else:
+        own = [tensors[number][start : start + count] for number, start, count, _ in bucket.pieces]
+        there = [data[at : at + count] for _, _, count, at in bucket.pieces]
+    if fill:
+        torch._foreach_copy_(there, own, non_blocking=True)
+    else:
+        torch._foreach_copy_(own, there)  # what arrives may lie in memory that is written again at once
 
 
 def _laid_out_alike(bucket: Bucket, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:

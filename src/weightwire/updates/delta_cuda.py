@@ -279,7 +279,8 @@ def parse_all(names: Sequence[str], data: Sequence[torch.Tensor]) -> list[Delta]
     digests = _digests(runs, device)[:, :2].contiguous().view(torch.uint8)
     table = torch.cat([ends, digests], dim=1).cpu().numpy()
     intact = (table[:, HEAD_BYTES:size] == table[:, size:]).all(axis=1).tolist()
-    return [*map(opened, names, data, map(bytes, table[:, :HEAD_BYTES]), intact)]
+    heads = map(bytes, table[:, :HEAD_BYTES])
+    return [opened(*each) for each in zip(names, data, heads, intact, strict=True)]
 
 
 def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:

@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -24,19 +25,20 @@ __all__ = ["Group", "Ingredients", "batched", "groups_of", "in_turn", "named", "
 
 Allocate = Callable[[str], torch.Tensor]
 _BATCH_BYTES = 64 << 20  # a loader goes through all of the model each time it is run
-_running = threading.Lock()
+_running: WeakKeyDictionary[torch.nn.Module, threading.Lock] = WeakKeyDictionary()
 
 
 @contextlib.contextmanager
-def in_turn(seconds: float = -1) -> Iterator[None]:
+def in_turn(twin: torch.nn.Module, seconds: float = -1) -> Iterator[None]:
     """Who runs a twin's loader does it in here: an update may begin while one that was aborted still runs it. With
     `seconds`, as on the thread that generates, `BusyError` when others are in here for longer."""
-    if not _running.acquire(timeout=seconds):
+    running = _running.setdefault(twin, threading.Lock())
+    if not running.acquire(timeout=seconds):
         raise BusyError("the loader of an update that was aborted is still running", next_step="Publish again.")
     try:
         yield
     finally:
-        _running.release()
+        running.release()
 
 
 class Group(NamedTuple):
@@ -135,7 +137,7 @@ class Ingredients:
         staged = {name: allocate(name) for name in group.parameters}
         twin: Any = self._twin
         try:
-            with in_turn(), standing_in(twin, staged), torch.no_grad():
+            with in_turn(twin), standing_in(twin, staged), torch.no_grad():
                 twin.load_weights(iter(weights))
         except (MemoryError, torch.OutOfMemoryError):
             raise

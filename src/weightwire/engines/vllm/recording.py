@@ -28,7 +28,7 @@ _WAIT_SECONDS = 0.05  # on the thread that generates
 
 def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
     """The plan for a manifest, or the error that says why there is none. Touches nothing but the twin."""
-    with in_turn(_WAIT_SECONDS):
+    with in_turn(twin, _WAIT_SECONDS):
         recorder = _recorded(twin, manifest)
         recorder.finish()
         plan = recorder.plan
