@@ -20,10 +20,9 @@ from typing import Any
 import torch
 
 from gpu import step, weights
-from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
 from weightwire.updates.digest import scan_tensors_any, settle
-from weightwire.updates.patch_cuda import Patches, Site, Sites
+from weightwire.updates.patch_cuda import Patches, Sites
 
 
 def timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
@@ -44,8 +43,7 @@ def main() -> None:
     device = torch.device("cuda", 0)
     live = list(weights(device).values())
     names = [f"w{n}" for n in range(len(live))]
-    rows = [Rows(0, 0, 1, t.numel(), t.numel(), 0) for t in live]
-    sites = Sites([Site(n, t.dtype, r, t.data_ptr()) for n, (t, r) in enumerate(zip(live, rows, strict=True))])
+    sites = Sites.of_whole(live)
     times: dict[str, list[float]] = {}
     for _ in range(args.runs + 2):
         news = [tensor.clone() for tensor in live]

@@ -14,13 +14,13 @@ from weightwire.errors import NonFinite, VerificationError
 from weightwire.updates.boxes import Part
 from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estimate
 from weightwire.updates.digest import Digest, Pending, Scan, settle
-from weightwire.updates.manifest import TensorSpec
+from weightwire.updates.manifest import TensorSpec, dtype_name
 
 __all__ = ["Baseline", "Read"]
 
 Read = Callable[[int, int, torch.Tensor], Scan | Pending]
 _SAMPLES, _RUN = 4, 1024  # of each tensor, and their elements
-_DTYPES = {str(dtype).removeprefix("torch.") for dtype in DELTA_DTYPES}
+_DTYPES = {*map(dtype_name, DELTA_DTYPES)}
 
 
 class Baseline:

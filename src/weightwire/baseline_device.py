@@ -14,13 +14,13 @@ import torch
 from weightwire.baseline import Baseline, Read
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.base import Source, SpreadSource
-from weightwire.updates.boxes import Part, Rows
+from weightwire.updates.boxes import Part
 from weightwire.updates.delta import Delta
 from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from weightwire.updates.patch_cuda import Site, Sites  # needs Triton
+    from weightwire.updates.patch_cuda import Sites  # needs Triton
 
 __all__ = ["DeviceBaseline"]
 
@@ -40,7 +40,7 @@ class DeviceBaseline(Baseline):
         super().__init__()
         self._source = source
         self._written = False
-        self._sites: dict[tuple[int, int], Sites] = {}
+        self._sites: tuple[tuple[int, int], Sites] | None = None
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
@@ -81,10 +81,10 @@ class DeviceBaseline(Baseline):
         for first, last in batches([delta.count for delta in deltas], CHANGES):
             here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
-            if (first, last) not in self._sites:
-                self._sites.clear()  # where there are several batches, they are others each time
-                self._sites[first, last] = Sites([*map(_whole, range(last - first), self._tensors[first:last])])
-            patches = Patches(changes, self._sites[first, last])
+            # Of one batch, as mostly, they are the same each time.
+            if self._sites is None or self._sites[0] != (first, last):
+                self._sites = ((first, last), Sites.of_whole(self._tensors[first:last]))
+            patches = Patches(changes, self._sites[1])
             patches.look()
             patches.write()
         self._digests = [delta.after for delta in deltas]
@@ -96,7 +96,7 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self._sites.clear()
+        self._sites = None
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device
@@ -151,13 +151,6 @@ class DeviceBaseline(Baseline):
     def _news(self) -> list[torch.Tensor]:
         named = self._current()
         return [named[spec.name].view(-1) for spec in self._specs]
-
-
-def _whole(number: int, tensor: torch.Tensor) -> Site:
-    from weightwire.updates.patch_cuda import Site
-
-    numel = tensor.numel()
-    return Site(number, tensor.dtype, Rows(0, 0, 1, numel, max(numel, 1), 0), tensor.data_ptr())
 
 
 _DEVICES = {"cuda"}

@@ -176,9 +176,9 @@ class Publisher:
     def start_from(self, base: Any, version: int) -> None:
         """Take what `base` holds, a source or what `Publisher` takes as one, for what was published last, as `version`:
         the next publish can be a delta from it. For trainers that were restarted, and for checkpoints. Whether engines
-        hold the same is found out by them; they refuse a delta from anything else. An adapter is
-        cast as engines would, which they are asked. Needs `baseline="host"`. All ranks of a source that is spread over
-        several call it together; each reads of `base` what it holds itself."""
+        hold the same is found out by them; they refuse a delta from anything else. An adapter is cast as engines would,
+        which they are asked. Needs `baseline="host"`. All ranks of a source that is spread over several call it
+        together; each reads of `base` what it holds itself."""
         if (kept := self._means.kept) is None:
             raise UsageError("no baseline is kept", next_step="Make the Publisher with baseline='host'.")
         source = sources.find(base, timeout=self._deadline)

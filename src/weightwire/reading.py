@@ -72,10 +72,7 @@ class Reading:
         if self._dtypes == self._sent:
             return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
         dtypes = [self._sent[piece.tensor] for piece in pieces]
-        places = [
-            to[p.offset : p.offset + p.count * dtype.itemsize].view(dtype)
-            for p, dtype in zip(pieces, dtypes, strict=True)
-        ]
+        places = [piece.within(to, dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
         torch._foreach_copy_(places, [whole[p.tensor].view(-1)[p.start : p.start + p.count] for p in pieces])
         return scan_runs(to, [(p.offset, p.count, p.start, dtype) for p, dtype in zip(pieces, dtypes, strict=True)])
 

@@ -633,16 +633,14 @@ class Receiver:
             return
         pieces = update.buckets[index].pieces
         wire = update.manifest.wire
-        specs = [wire[piece.tensor] for piece in pieces]
-        dtypes = [getattr(torch, spec.dtype) for spec in specs]
+        dtypes = [getattr(torch, wire[piece.tensor].dtype) for piece in pieces]
         self._poison_what_is_overwritten(update)
         found: list[Scan | None] = [None] * len(pieces)
         if isinstance(update.staging, TakesBuckets):
             update.staging.write_bucket(update.buckets[index], data)
         else:
-            for number, (piece, spec, dtype) in enumerate(zip(pieces, specs, dtypes, strict=True)):
-                run = data[piece.offset : piece.offset + piece.count * spec.itemsize].view(dtype)
-                found[number] = update.staging.write(piece.tensor, piece.start, run)
+            for number, (piece, dtype) in enumerate(zip(pieces, dtypes, strict=True)):
+                found[number] = update.staging.write(piece.tensor, piece.start, piece.within(data, dtype))
         left = [(p, dtype) for p, dtype, scanned in zip(pieces, dtypes, found, strict=True) if scanned is None]
         scans = iter(scan_runs_any(data, [(p.offset, p.count, p.start, dtype) for p, dtype in left]))
         for piece, scanned in zip(pieces, found, strict=True):

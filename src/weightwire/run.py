@@ -492,13 +492,8 @@ class Run:
     def _place(self, piece: Piece, data: torch.Tensor | None) -> torch.Tensor:
         """Where in a bucket's memory its elements go. Only rank 0 has a bucket to fill; the others say by an empty
         shell what they read along."""
-        spec = self._reading.specs[piece.tensor]
-        nbytes = piece.count * spec.itemsize
-        if data is None:
-            part = torch.empty(nbytes, dtype=torch.uint8, device="meta")
-        else:
-            part = data[piece.offset : piece.offset + nbytes]
-        return part.view(getattr(torch, spec.dtype))
+        dtype = getattr(torch, self._reading.specs[piece.tensor].dtype)
+        return torch.empty(piece.count, dtype=dtype, device="meta") if data is None else piece.within(data, dtype)
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         with self._sending():

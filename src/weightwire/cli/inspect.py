@@ -40,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(delta: Delta, steps: dict[int, int]) -> dict[str, Any]:
+    from weightwire.updates.manifest import dtype_name
+
     dense = delta.numel * delta.dtype.itemsize
     return {
-        "dtype": str(delta.dtype).removeprefix("torch."),
+        "dtype": dtype_name(delta.dtype),
         "elements": delta.numel,
         "from_index": delta.start,
         "changed": delta.count,

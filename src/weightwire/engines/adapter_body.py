@@ -17,7 +17,7 @@ from weightwire.errors import ManifestError, WeightwireError
 from weightwire.updates.adapter import METADATA_KEY, check_adapter
 from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import NO_DIGEST, Scan, scan
-from weightwire.updates.manifest import Manifest, decode_manifest
+from weightwire.updates.manifest import Manifest, decode_manifest, dtype_name
 from weightwire.updates.receipt import EngineReceipt
 
 __all__ = ["load_body"]
@@ -70,7 +70,7 @@ def _parse(body: bytes) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def _spec_of(name: str, tensor: torch.Tensor) -> dict[str, Any]:
-    return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+    return {"name": name, "dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape)}
 
 
 async def _put_all(

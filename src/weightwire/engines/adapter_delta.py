@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-import msgspec
 import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
@@ -16,24 +15,12 @@ from weightwire.revisions import Revision
 from weightwire.target import AdapterStaging
 from weightwire.updates.boxes import Box
 from weightwire.updates.digest import Digest, Scan
-from weightwire.updates.manifest import Manifest
+from weightwire.updates.manifest import Manifest, dtype_name
 
-__all__ = ["AdapterDelta", "Held", "whole"]
+__all__ = ["AdapterDelta", "Held"]
 
 Held = Callable[[], Mapping[str, torch.Tensor]]
 """Gives what was sent of a revision, by name, contiguous on the CPU; may wait for it."""
-
-
-def whole(manifest: Manifest) -> Manifest:
-    """That of the adapter that a delta leads to.
-
-    >>> from weightwire.updates.manifest import Adapter, TensorSpec
-    >>> spec, adapter = TensorSpec(name="q.lora_A.weight", dtype="float32", shape=(2, 4)), Adapter(name="p", config={})
-    >>> delta = Manifest(version=7, kind="adapter", adapter=adapter, tensors=(spec,), base_version=6, encoded=(96,))
-    >>> delta.nbytes, whole(delta).nbytes
-    (96, 32)
-    """
-    return msgspec.structs.replace(manifest, base_version=None, encoded=())
 
 
 class AdapterDelta(ArrivingDelta):
@@ -76,7 +63,7 @@ class AdapterDelta(ArrivingDelta):
         for spec in self._specs:
             here = tensors.get(spec.name)
             if here is None or (here.dtype, tuple(here.shape)) != (getattr(torch, spec.dtype), spec.shape):
-                found = "not there" if here is None else f"{_dtype(here)} {tuple(here.shape)}"
+                found = "not there" if here is None else f"{dtype_name(here.dtype)} {tuple(here.shape)}"
                 raise _other_base(
                     f"{spec.name} is {found} in {self._base.label}, {spec.dtype} {spec.shape} was announced"
                 )
@@ -85,10 +72,6 @@ class AdapterDelta(ArrivingDelta):
         self._bytes.clear()
         self._of_base = None
         self._inner.discard()
-
-
-def _dtype(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _other_base(what: str) -> VersionError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from weightwire.engines.adapter_delta import AdapterDelta, whole
+from weightwire.engines.adapter_delta import AdapterDelta
 from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.errors import ShapeMismatch, UnknownTensor, UnsupportedError, VerificationError, VersionError
 from weightwire.revisions import Revision
@@ -70,7 +70,7 @@ class ModuleAdapters:
     def prepare_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterDelta:
         """The same for what has changed since `base`, which is read back from the layers."""
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in manifest.tensors}
-        return AdapterDelta(manifest, self.prepare(whole(manifest), revision), base, lambda: self._sent(base, dtypes))
+        return AdapterDelta(manifest, self.prepare(manifest.whole(), revision), base, lambda: self._sent(base, dtypes))
 
     def drop(self, revision: Revision) -> None:
         """Forget a revision, as soon as nobody runs the module."""

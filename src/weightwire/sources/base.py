@@ -13,7 +13,7 @@ import torch
 
 from weightwire.updates.boxes import Part
 from weightwire.updates.digest import Pending, Scan, scan_and_copy, scan_any
-from weightwire.updates.manifest import TensorSpec
+from weightwire.updates.manifest import TensorSpec, dtype_name
 
 if TYPE_CHECKING:
     from weightwire.sources.ranks import Ranks
@@ -124,7 +124,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     >>> spec_of("w", torch.zeros(2, 3, dtype=torch.bfloat16))
     TensorSpec(name='w', dtype='bfloat16', shape=(2, 3))
     """
-    return TensorSpec(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape))
+    return TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
 
 
 def without_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

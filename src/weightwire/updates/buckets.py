@@ -28,6 +28,14 @@ class Piece(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody misses here
     offset: int
 
+    def within(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Its elements in the memory of its bucket (uint8, 1-D).
+
+        >>> Piece(0, 5, 2, 4).within(torch.tensor([0, 0, 0, 0, 1, 0, 2, 0], dtype=torch.uint8), torch.int16)
+        tensor([1, 2], dtype=torch.int16)
+        """
+        return data[self.offset : self.offset + self.count * dtype.itemsize].view(dtype)
+
 
 class Bucket(NamedTuple):
     index: int  # type: ignore[assignment]

@@ -340,11 +340,11 @@ def _check_tables(
     first = parts.number << shift
     length = torch.minimum(torch.ones_like(first) << shift, numel - first)
     found, filled, long = parts.totals([counts, words, (counts > length).to(torch.int64)]).cpu().numpy()
-    for n in np.flatnonzero((found != changes) | (long > 0)):
-        raise harmed(names[n], f"its blocks do not hold {changes[n]} changes")
+    if (wrong := np.flatnonzero((found != changes) | (long > 0))).size:
+        raise harmed(names[wrong[0]], f"its blocks do not hold {changes[wrong[0]]} changes")
     # A change takes three bits at least: what is allocated for it has come in.
-    for n in np.flatnonzero((filled != rooms) | (changes * 3 > rooms * 32)):
-        raise harmed(names[n], f"its blocks do not fill its {rooms[n]} words")
+    if (wrong := np.flatnonzero((filled != rooms) | (changes * 3 > rooms * 32))).size:
+        raise harmed(names[wrong[0]], f"its blocks do not fill its {rooms[wrong[0]]} words")
 
 
 def _digests(runs: Array, device: torch.device) -> torch.Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
 from weightwire.errors import ManifestError
 
-__all__ = ["DTYPES", "Adapter", "AdapterName", "Manifest", "Staging", "TensorSpec", "decode_manifest"]
+if TYPE_CHECKING:
+    import torch  # which is heavy, and not needed here
+
+__all__ = ["DTYPES", "Adapter", "AdapterName", "Manifest", "Staging", "TensorSpec", "decode_manifest", "dtype_name"]
 
 DTYPES: dict[str, int] = {
     "bool": 1,
@@ -59,6 +62,16 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     @property
     def nbytes(self) -> int:
         return self.numel * self.itemsize
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As a `TensorSpec` has it.
+
+    >>> import torch
+    >>> dtype_name(torch.bfloat16)
+    'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
 
 
 AdapterName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*\Z", max_length=128)]
@@ -115,6 +128,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     @property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.wire)
+
+    def whole(self) -> Manifest:
+        """That of what a delta leads to, as if all of it were sent.
+
+        >>> spec = TensorSpec(name="w", dtype="float32", shape=(2, 4))
+        >>> delta = Manifest(version=7, kind="delta", tensors=(spec,), base_version=6, encoded=(96,))
+        >>> delta.nbytes, delta.whole().kind, delta.whole().nbytes
+        (96, 'dense', 32)
+        """
+        kind = "dense" if self.kind == "delta" else self.kind
+        return msgspec.structs.replace(self, kind=kind, base_version=None, encoded=())
 
     def check(self) -> Manifest:
         """This manifest, or a `ManifestError` that names the first tensor at fault."""

@@ -46,6 +46,13 @@ class Sites:
         self.extents = np.array([_extent(site.rows) for site in sites], np.int64)
         self.widths = np.array([8 * site.dtype.itemsize for site in sites], np.int64)
 
+    @classmethod
+    def of_whole(cls, tensors: Sequence[torch.Tensor]) -> Sites:
+        """Contiguous tensors, one for each delta."""
+        rows = [Rows(0, 0, 1, tensor.numel(), max(tensor.numel(), 1), 0) for tensor in tensors]
+        every = enumerate(zip(tensors, rows, strict=True))
+        return cls([Site(number, tensor.dtype, row, tensor.data_ptr()) for number, (tensor, row) in every])
+
     def __len__(self) -> int:
         return len(self.lines)
 

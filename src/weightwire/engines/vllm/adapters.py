@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from weightwire.engines.adapter_delta import AdapterDelta, whole
+from weightwire.engines.adapter_delta import AdapterDelta
 from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.engines.vllm.adapter_memory import AdapterMemory, SpareMemory, is_a
 from weightwire.engines.vllm.compat import rename_mapper, supports
@@ -33,7 +33,7 @@ from weightwire.updates.adapter import check_adapter
 from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
 from weightwire.updates.digest import Joined, Scan, all_finite, settle
-from weightwire.updates.manifest import Manifest
+from weightwire.updates.manifest import Manifest, dtype_name
 from weightwire.updates.receipt import Proof
 
 __all__ = ["AdapterStore", "path_of"]
@@ -77,7 +77,7 @@ class AdapterStore:
     def dtype(self) -> str | None:
         """The dtype that vLLM casts them to; None where it takes none."""
         config = self._worker.vllm_config.lora_config
-        return None if config is None else str(config.lora_dtype).removeprefix("torch.")
+        return None if config is None else dtype_name(config.lora_dtype)
 
     def prepare(self, manifest: Manifest, revision: Revision) -> _Staged:
         """Check that the adapter fits this engine, and lay it out."""
@@ -94,7 +94,7 @@ class AdapterStore:
     def prepare_delta(self, manifest: Manifest, revision: Revision, base: Revision) -> AdapterDelta:
         """The same for what has changed since `base`; what was sent of that is read once it is on the host."""
         sent = self._sent_of(base.id, base.label)
-        return AdapterDelta(manifest, self.prepare(whole(manifest), revision), base, lambda: sent()[0])
+        return AdapterDelta(manifest, self.prepare(manifest.whole(), revision), base, lambda: sent()[0])
 
     def drop(self, revision: Revision) -> None:
         self._sent.pop(revision.id, None)
@@ -382,11 +382,8 @@ class _Staged(StagedAdapter):
         self._put([(tensor, start, data)])
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        runs = []
-        for number, start, count, offset in bucket.pieces:
-            dtype = getattr(torch, self._specs[number].dtype)
-            runs.append((number, start, data[offset : offset + count * dtype.itemsize].view(dtype)))
-        self._put(runs)
+        dtypes = [getattr(torch, spec.dtype) for spec in self._specs]
+        self._put([(piece.tensor, piece.start, piece.within(data, dtypes[piece.tensor])) for piece in bucket.pieces])
 
     def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
         """Copy what arrived, each from an element of its tensor on, to where it belongs."""

@@ -39,7 +39,7 @@ from weightwire.errors import (
 from weightwire.receiver import Lent
 from weightwire.updates.boxes import Box
 from weightwire.updates.digest import scan_any, settle
-from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
+from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest, dtype_name
 
 if TYPE_CHECKING:
     from weightwire.engines.vllm.ends import Ends
@@ -260,5 +260,5 @@ def _spec(name: Any, dtype: Any, shape: Any) -> TensorSpec:
     """One parameter as it was announced. `dtype`: torch's, or its name, with or without `torch.`."""
     if not isinstance(shape, (list, tuple)):
         raise ManifestError(f"shape {shape!r:.80} of {name!r:.80} is not a list of numbers")
-    plain = {"name": name, "dtype": str(dtype).removeprefix("torch."), "shape": list(shape)}
+    plain = {"name": name, "dtype": dtype_name(dtype), "shape": list(shape)}
     return decode_manifest({"version": 0, "tensors": [plain], "partial": True}).tensors[0]

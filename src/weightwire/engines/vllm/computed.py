@@ -21,7 +21,7 @@ import torch
 from weightwire.errors import BusyError, UnsupportedError
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["Group", "Ingredients", "batched", "groups_of", "in_turn", "named", "standing_in"]
+__all__ = ["Group", "Ingredients", "batched", "bytes_of", "groups_of", "in_turn", "named", "standing_in"]
 
 Allocate = Callable[[str], torch.Tensor]
 _BATCH_BYTES = 64 << 20  # a loader goes through all of the model each time it is run
@@ -66,12 +66,17 @@ def groups_of(needs: Mapping[str, Collection[int]]) -> list[Group]:
     return sorted(groups, key=lambda group: max(group.tensors))
 
 
+def bytes_of(groups: Sequence[Group], specs: Sequence[TensorSpec]) -> int:
+    """What their tensors take, which no two share."""
+    return sum(specs[number].nbytes for group in groups for number in group.tensors)
+
+
 def batched(groups: Sequence[Group], specs: Sequence[TensorSpec]) -> list[Group]:
     """The same with small groups joined, so that a loader is not run for every vector of a model."""
     joined: list[Group] = []
     size = _BATCH_BYTES
     for group in groups:
-        nbytes = sum(specs[number].nbytes for number in group.tensors)
+        nbytes = bytes_of([group], specs)
         if size + nbytes < _BATCH_BYTES:
             last = joined.pop()
             group = Group(last.parameters + group.parameters, tuple(sorted(last.tensors + group.tensors)))
@@ -97,7 +102,7 @@ class Ingredients:
         self._tensors: dict[int, torch.Tensor] = {}
         self._missing = Counter({group: sum(self._specs[n].numel for n in group.tensors) for group in groups})
         self.parameters = [name for group in groups for name in group.parameters]
-        self.nbytes = sum(self._specs[number].nbytes for number in self._group)
+        self.nbytes = bytes_of(groups, self._specs)
         """Bytes on the host, if all are there before the first loader runs."""
 
     @property

@@ -24,7 +24,7 @@ from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
 from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
-from weightwire.updates.manifest import Manifest, TensorSpec
+from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
 
 __all__ = [
@@ -190,9 +190,7 @@ class DeviceStaging:
         kept[key].run()
 
     def _run(self, piece: Piece, data: torch.Tensor) -> torch.Tensor:
-        spec = self._manifest.tensors[piece.tensor]
-        run = data[piece.offset : piece.offset + piece.count * spec.itemsize]
-        return run.view(getattr(torch, spec.dtype))
+        return piece.within(data, getattr(torch, self._manifest.tensors[piece.tensor].dtype))
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
@@ -311,7 +309,7 @@ class DeviceStaging:
 
     def _computed_places(self, number: int, name: str) -> list[Region]:
         staged, (first, *_) = self._staged[name], self._live[name]
-        spec = TensorSpec(name=name, dtype=str(first.dtype).removeprefix("torch."), shape=tuple(first.shape))
+        spec = TensorSpec(name=name, dtype=dtype_name(first.dtype), shape=tuple(first.shape))
         copy = Copy(Box((0,) * first.dim(), spec.shape), name, 0, first.stride())
         return [Region(spec, number, copy, live, staged.data_ptr(), copy.strides, False) for live in self._live[name]]
 

@@ -15,7 +15,7 @@ import torch
 
 from weightwire.errors import ManifestError, ShapeMismatch, TransportError
 from weightwire.updates.boxes import strides_of
-from weightwire.updates.manifest import TensorSpec
+from weightwire.updates.manifest import TensorSpec, dtype_name
 
 __all__ = ["Shared", "for_device", "read"]
 
@@ -77,7 +77,7 @@ def read(spec: TensorSpec, handle: Any) -> Shared:
         raise ManifestError(f"{spec.name}: not what reduce_tensor gives for a tensor on a GPU")
     _, size, stride, offset, _, dtype, _, raw, nbytes, start, _, counter, counter_offset, event, wait = arguments
     shape = _numbers(spec, "size", size)
-    if shape != spec.shape or str(dtype).removeprefix("torch.") != spec.dtype:
+    if shape != spec.shape or dtype_name(dtype) != spec.dtype:
         raise ShapeMismatch(
             f"{spec.name} was announced as {spec.dtype} {spec.shape} and is shared as {dtype!s:.40} {shape}"
         )

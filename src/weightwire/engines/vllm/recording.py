@@ -8,7 +8,7 @@ do.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -32,10 +32,9 @@ def record(twin: torch.nn.Module, manifest: Manifest) -> Plan:
         recorder = _recorded(twin, manifest)
         recorder.finish()
         plan = recorder.plan
-        plan.parameters = dict(twin.named_parameters())
         for group in plan.computed:
             _refuse_entangled(twin, manifest, group, recorder)
-        plan.runs = _runs(plan, manifest.tensors, plan.parameters)
+        plan.runs = _runs(plan, manifest.tensors)
     return plan
 
 
@@ -65,11 +64,8 @@ def _refuse_entangled(twin: torch.nn.Module, manifest: Manifest, group: Group, w
     specs = tuple(manifest.tensors[number] for number in group.tensors)
     aliases = {a: n for a, n in manifest.aliases.items() if n in {spec.name for spec in specs}}
     # In other parameters' place, as it will be run: what it writes to those that it has taken along is not seen here.
-    others = {
-        name: torch.empty(parameter.shape, dtype=parameter.dtype, device="meta")
-        for name, parameter in twin.named_parameters()
-        if name in group.parameters
-    }
+    own = {name: whole.plan.parameters[name] for name in group.parameters}
+    others = {name: torch.empty(each.shape, dtype=each.dtype, device="meta") for name, each in own.items()}
     try:
         with standing_in(twin, others):
             apart = _recorded(twin, msgspec.structs.replace(manifest, tensors=specs, aliases=aliases))
@@ -82,17 +78,17 @@ def _refuse_entangled(twin: torch.nn.Module, manifest: Manifest, group: Group, w
         )
 
 
-def _runs(plan: Plan, specs: Sequence[TensorSpec], parameters: Mapping[str, torch.Tensor]) -> dict[str, list[Run]]:
+def _runs(plan: Plan, specs: Sequence[TensorSpec]) -> dict[str, list[Run]]:
     found: dict[str, set[Run]] = defaultdict(set)
     others = set(plan.fills)
     for number, (spec, copies) in enumerate(zip(specs, plan.copies, strict=True)):
         for copy in copies:
-            if copy.is_run(spec.shape) and getattr(torch, spec.dtype) == parameters[copy.parameter].dtype:
+            if copy.is_run(spec.shape) and getattr(torch, spec.dtype) == plan.parameters[copy.parameter].dtype:
                 found[copy.parameter].add(Run(copy.offset, spec.numel, number))
             else:
                 others.add(copy.parameter)
     ordered = {name: sorted(runs) for name, runs in found.items() if name not in others}
-    return {name: runs for name, runs in ordered.items() if _fills_up(runs, parameters[name].numel())}
+    return {name: runs for name, runs in ordered.items() if _fills_up(runs, plan.parameters[name].numel())}
 
 
 def _fills_up(runs: Sequence[Run], numel: int) -> bool:
@@ -106,21 +102,16 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, twin: torch.nn.Module, manifest: Manifest) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.manifest = manifest
-        self.plan = Plan([[] for _ in manifest.tensors])
+        self.plan = Plan([[] for _ in manifest.tensors], parameters=dict(twin.named_parameters()))
         self.incoming: dict[str, torch.Tensor] = {}
         self.written: dict[str, set[tuple[int, tuple[int, ...], tuple[int, ...]]]] = defaultdict(set)
-        self._parameters: dict[int, str] = {}
+        self._parameters = {_storage(parameter): name for name, parameter in self.plan.parameters.items()}
         self._tensors: dict[int, int] = {}  # of which all elements are at their places
         self._made_of: dict[int, frozenset[tuple[int, Box]]] = defaultdict(frozenset)
-        self._images: dict[
-            int, tuple[int, ...] | None
-        ] = {}  # the shapes of those that hold all of what they are made of
+        # The shapes of those that hold all of what they are made of.
+        self._images: dict[int, tuple[int, ...] | None] = {}
         self._computed: dict[str, str] = {}
         self._keep: list[torch.Tensor] = []  # a storage's address names it only while it lives
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        for name, parameter in twin.named_parameters():
-            self._parameters[_storage(parameter)] = name
-            self.shapes[name] = tuple(parameter.shape)
         for name, number in named(manifest):
             spec = manifest.tensors[number]
             tensor = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta")
@@ -240,7 +231,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 next_step="Leave it out. A tied output head is sent once, as the input embedding."
                 + (" What is loaded together is sent together." if self.manifest.partial else ""),
             )
-        missing = [n for n, shape in self.shapes.items() if plan.covered[n] < _count(shape)]
+        missing = [name for name, parameter in plan.parameters.items() if plan.covered[name] < parameter.numel()]
         if missing and not self.manifest.partial:
             raise MissingTensor(
                 f"nothing was sent for {_some(missing)}",
@@ -252,8 +243,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         parts = {name: self._made_of[storage] for storage, name in self._parameters.items() if name in self._computed}
         needs = {name: {number for number, _ in made_of} for name, made_of in parts.items()}
         for name, why in self._computed.items():
-            plan.covered[name] = _union(self.written[name], _count(self.shapes[name]))
-            some = plan.covered[name] < _count(self.shapes[name])
+            numel = plan.parameters[name].numel()
+            plan.covered[name] = _union(self.written[name], numel)
+            some = plan.covered[name] < numel
             if not needs[name] or (some and why.startswith("aten")):
                 raise UnsupportedError(
                     f"the loader of {name} does more than can be followed ({why})",

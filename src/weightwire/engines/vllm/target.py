@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import msgspec
 import psutil
 import torch
 
 from weightwire.engines.vllm import layout, recording, skeleton
 from weightwire.engines.vllm.adapters import AdapterStore
-from weightwire.engines.vllm.computed import Ingredients
+from weightwire.engines.vllm.computed import Ingredients, bytes_of
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.rebuilt import HostCopy, Keeping, Rebuilt
@@ -102,7 +101,7 @@ class VllmTarget:
         from weightwire.engines.vllm.device import DeviceStaging, Held, Tables  # needs Triton
 
         # What parameters are computed from is kept on the host, whole on each rank.
-        needed = sum(manifest.tensors[number].nbytes for group in plan.computed for number in group.tensors)
+        needed = bytes_of(plan.computed, manifest.tensors)
         if needed and needed > (room := self._host_room()):
             raise RoomError(
                 f"what parameters are computed from takes {needed} bytes on the host, {room} may be used",
@@ -131,9 +130,10 @@ class VllmTarget:
         kept = host is not None and host.whole and host.specs == manifest.tensors
         if not kept or host is None or twin is None or plan is None or plan[0] != _plan_key(manifest):
             raise _nothing_to_start_from()
-        dense = msgspec.structs.replace(manifest, kind="dense", base_version=None, encoded=())
         slots = [slot.fresh() for slot in self._slots]
-        return Rebuilt(manifest, _Staged(dense, plan[1], twin, slots, self._packer, self._spare), slots, host)
+        return Rebuilt(
+            manifest, _Staged(manifest.whole(), plan[1], twin, slots, self._packer, self._spare), slots, host
+        )
 
     def _delta_on_device(self, manifest: Manifest) -> DeltaStaging:
         from weightwire.engines.vllm.device_delta import DeviceDelta  # needs Triton
