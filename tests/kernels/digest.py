@@ -68,6 +68,35 @@ def test_lines_of_every_kind_share_a_launch():
     assert found[-1].nonfinite == 2
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    counts=st.lists(st.tuples(st.sampled_from([7, 40, 2050]), st.integers(1, 6)), min_size=1, max_size=3),
+    name=st.sampled_from(["bfloat16", "float32", "float64", "uint8"]),
+    start=st.sampled_from([0, 3]),
+    bad=st.integers(0, 17),
+)
+def test_lines_that_are_alike_are_each_scanned_for_themselves(counts, name, start, bad):
+    dtype = getattr(torch, name)
+    runs = [random_bytes(n * dtype.itemsize, i).view(dtype) for n, times in counts for i in range(times)]
+    if dtype.is_floating_point:
+        runs[bad % len(runs)][-1] = float("inf")
+    runs = [runs[i] for i in torch.randperm(len(runs), generator=torch.Generator().manual_seed(bad))]
+    lines = [digest_cuda.line_of(run.data_ptr(), start, run.numel(), dtype) for run in runs]
+    with few_rows():
+        assert scans(lines) == [scan(run.cpu(), start) for run in runs]
+
+
+def test_rows_of_several_parameters_are_scanned_together():
+    whole = random_bytes(3 * 50 * 16, 5).view(torch.bfloat16).view(3, 50, 8)
+    box = Box((0, 0), (50, 8))
+    parts = [whole[0], whole[1], whole[2].clone()]
+    lines = [line for p in parts for line in digest_cuda.lines_of(p.data_ptr(), box, p.stride(), (50, 24), p.dtype)]
+    ready = digest_cuda.table(lines, DEVICE)
+    assert [(part.together, len(part.table)) for part in ready.parts] == [(4, 1)]
+    with few_rows():
+        assert scans(lines) == [scan_box(part.cpu(), box, (50, 24)) for part in parts]
+
+
 def test_a_flipped_bit_shows():
     data = random_bytes(34_002, 1).view(torch.bfloat16)  # of two tiles
     line = digest_cuda.line_of(data.data_ptr(), 0, data.numel(), data.dtype)

@@ -2,6 +2,9 @@
 
 A launch goes through a table of lines, each a run of rows of one tensor, and adds what it finds to its sums. The
 sums stay on the device until `digest.settle` reads many of them at once.
+
+What words are multiplied by follows from where they are in their tensor, and takes most of the work. So lines that are
+alike, as those of one matrix in every layer, are scanned several at a time with the same factors.
 """
 
 from __future__ import annotations
@@ -42,9 +45,19 @@ class Line(NamedTuple):
 class Table(NamedTuple):
     """Lines made ready for launches: on the device, those that can be read in the same units together."""
 
-    parts: list[tuple[int, bool, torch.Tensor, Tiles]]
+    parts: list[_Part]
     lines: int
     device: torch.device
+
+
+class _Part(NamedTuple):
+    """Those that are scanned `together` at a time, in units of so many bytes."""
+
+    unit: int
+    vectors: bool
+    together: int
+    table: torch.Tensor
+    tiles: Tiles
 
 
 def line_of(address: int, start: int, count: int, dtype: torch.dtype) -> Line:
@@ -99,10 +112,10 @@ def table(lines: Sequence[Line] | npt.NDArray[np.int64], device: torch.device) -
     fields, numbers = _within_keys(fields[present], numbers[present])
     # Words of the full tensor where memory has them whole and aligned, else halves or bytes of them.
     bits = fields[:, 0] | fields[:, 2] | fields[:, 3] | fields[:, 4] | fields[:, 5]
-    parts = []
+    parts: list[_Part] = []
     for least, mine in by_alignment(bits, _KINDS):
         unit, vectors = _KINDS[least]
-        parts.append((unit, vectors, *_part(fields[mine], numbers[mine], unit, device)))
+        parts += _parts(fields[mine], numbers[mine], unit, vectors, device)
     return Table(parts, len(lines), device)
 
 
@@ -136,11 +149,47 @@ def _cut(line: Line) -> Iterator[Line]:
             address, start, left = address + width, start + width, left - width
 
 
-def _part(fields: Any, numbers: Any, unit: int, device: torch.device) -> tuple[torch.Tensor, Tiles]:
+def _parts(fields: Any, numbers: Any, unit: int, vectors: bool, device: torch.device) -> Iterator[_Part]:
     address, rows, width, pitch, start, step, exponent, lowest, stride = fields.T
     rows, width, (pitch, step), limit = full_rows(rows, width, (pitch, step), unit)
-    made = np.stack([address, width, pitch, limit, start, step, exponent, lowest, stride, numbers], axis=1)
-    return sent(made, device), tiles(rows, width, device)
+    alike = np.stack([rows, width, limit, start, step, exponent, lowest, stride], axis=1)
+    each = np.stack([address, pitch, numbers], axis=1)
+    for together, members in _groups(alike):
+        first, absent = members[:, 0], members < 0
+        own = np.where(absent[:, :, None], _ABSENT, each[members])
+        made = np.concatenate([alike[first, 1:], own.reshape(len(members), -1)], axis=1)
+        yield _Part(unit, vectors, together, sent(made, device), tiles(rows[first], width[first], device))
+
+
+_TOGETHER = 4
+"""Lines that are scanned together at most: with more of them, nothing is left to save beside reading them."""
+_ABSENT = (0, 0, 0)
+
+
+def _groups(alike: Any) -> Iterator[tuple[int, Any]]:
+    """Which lines are scanned together, of a table of all that has to be alike: by how many, `(groups, so many)` of
+    their numbers, -1 where one is missing.
+
+    >>> [(n, groups.tolist()) for n, groups in _groups(np.array([[1], [2], [1], [1], [3], [3]]))]
+    [(1, [[1]]), (2, [[4, 5]]), (4, [[0, 2, 3, -1]])]
+    """
+    order = np.lexsort(alike.T[::-1])
+    new = np.append(True, (alike[order[1:]] != alike[order[:-1]]).any(axis=1))
+    begins = np.flatnonzero(new)
+    if 8 * len(begins) > 7 * len(order) > 56:
+        begins = np.arange(len(order))  # so few are alike that a launch of their own would cost more than it saves
+    counts = np.diff(np.append(begins, len(order)))
+    # Cut into groups of `_TOGETHER` and what is left over.
+    each = -(-counts // _TOGETHER)
+    number = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
+    first = np.repeat(begins, each) + _TOGETHER * number
+    size = np.minimum(np.repeat(begins + counts, each) - first, _TOGETHER)
+    for least, together in ((1, 1), (2, 2), (3, 4)):
+        mine = (size >= least) & (size <= together)
+        if mine.any():
+            place = first[mine, None] + np.arange(together)
+            missing = np.arange(together) >= size[mine, None]
+            yield together, np.where(missing, -1, order[np.where(missing, 0, place)])
 
 
 def scan_lines(ready: Table) -> list[Pending]:
@@ -158,10 +207,10 @@ def sum_lines(ready: Table) -> torch.Tensor:
 
 
 def _launch(ready: Table, sums: torch.Tensor) -> None:
-    for unit, vectors, made, places in ready.parts:
+    for unit, vectors, together, made, places in ready.parts:
         _scan[(places.count,)](
-            made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, FIELDS=made.shape[1],
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+            made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, TOGETHER=together,
+            FIELDS=made.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
         )  # fmt: skip
 
 
@@ -188,21 +237,16 @@ def _mix(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _words(line, row, column, UNIT: tl.constexpr, WORD: tl.constexpr, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row of a line: its words, and the low halves of their indices in the full tensor."""
-    address, width, pitch = tl.load(line), tl.load(line + 1), tl.load(line + 2)
-    left = tl.minimum(width, tl.load(line + 3) - row * width).to(tl.int32)
-    address += row * pitch
-    data = address.to(tl.pointer_type(WORD), bitcast=True)
+def _words(members, row, column, left, UNIT: tl.constexpr, WORD: tl.constexpr, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of each line, as far as it has columns left: its words, shifted to where they are in a word of the full
+    tensor if they are parts of one."""
+    address, pitch = tl.load(members), tl.load(members + 1)
+    data = (address + row * pitch).to(tl.pointer_type(WORD), bitcast=True)[:, None]
     if VECTORS:
-        data = tl.multiple_of(data, 16)
+        data = tl.multiple_of(data, (16, 16))
         left = tl.multiple_of(left, 4)
-    word = tl.load(data + column, mask=column < left, other=0).to(tl.uint32)
-    at = tl.load(line + 4) + row * tl.load(line + 5)
-    if UNIT == 4:
-        return word, (at >> 2).to(tl.uint32) + column.to(tl.uint32)
-    byte = (at & 3).to(tl.int32) + column * UNIT
-    return word << ((byte & 3) * 8).to(tl.uint32), (at >> 2).to(tl.uint32) + (byte >> 2).to(tl.uint32)
+    inside = (address != 0)[:, None] & (column < left)[None, :]
+    return tl.load(data + column[None, :], mask=inside, other=0).to(tl.uint32)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -213,37 +257,63 @@ def _scan(  # type: ignore[no-untyped-def]
     UNIT: tl.constexpr,
     WORD: tl.constexpr,
     VECTORS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """One tile of lines that are alike. A group of them: the width of a row, and units in all; where their bytes begin
+    in the full tensor, and how far apart rows are there; what `digest.word_facts` says. And of each line its address,
+    or 0 where there is none, how far apart its rows are in memory, and its number."""
     tile = tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(places + tile).to(tl.int64) * FIELDS
     first = tl.load(places + tile + 1).to(tl.int64)
     column = tl.multiple_of(tl.load(places + tile + 2), COLUMNS) + tl.arange(0, COLUMNS)
-    exponent = tl.load(line + 6).to(tl.uint32)
-    lowest = tl.load(line + 7).to(tl.uint32)
-    key = _mix((tl.load(line + 4) >> 34).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
-    low = tl.zeros((COLUMNS,), tl.uint64)
-    high = tl.zeros((COLUMNS,), tl.uint64)
-    suspect = tl.zeros((COLUMNS,), tl.uint32)
+    width, limit, start, step = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    exponent, lowest = tl.load(line + 4).to(tl.uint32), tl.load(line + 5).to(tl.uint32)
+    members = line + 7 + 3 * tl.arange(0, TOGETHER)
+    key = _mix((start >> 34).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
+    low = tl.zeros((TOGETHER, COLUMNS), tl.uint64)
+    high = tl.zeros((TOGETHER, COLUMNS), tl.uint64)
+    suspect = tl.zeros((TOGETHER, COLUMNS), tl.uint32)
     for i in range(ROWS):
-        word, place = _words(line, first + i, column, UNIT, WORD, VECTORS)
+        row = first + i
+        left = tl.minimum(width, limit - row * width).to(tl.int32)
+        word = _words(members, row, column, left, UNIT, WORD, VECTORS)
+        place, shift = _places(start + row * step, column, UNIT)
+        if UNIT != 4:
+            word = word << shift[None, :]
         mixed = _mix(place ^ key)
         again = mixed * tl.full((), 0x31848BAB, tl.uint32)
-        low += word.to(tl.uint64) * (mixed | 1).to(tl.uint64)
-        high += word.to(tl.uint64) * ((again ^ (again >> 14)) | 1).to(tl.uint64)
+        low += word.to(tl.uint64) * (mixed | 1).to(tl.uint64)[None, :]
+        high += word.to(tl.uint64) * ((again ^ (again >> 14)) | 1).to(tl.uint64)[None, :]
         suspect |= ((word & exponent) + lowest) & (exponent + lowest)
-    sums += tl.load(line + 9) * 3
-    tl.atomic_add(sums, tl.sum(low).to(tl.int64, bitcast=True), sem="relaxed")
-    tl.atomic_add(sums + 1, tl.sum(high).to(tl.int64, bitcast=True), sem="relaxed")
-    if tl.max(suspect) > 0:
+    present = tl.load(members) != 0
+    sums += tl.load(members + 2) * 3
+    tl.atomic_add(sums, tl.sum(low, 1).to(tl.int64, bitcast=True), mask=present, sem="relaxed")
+    tl.atomic_add(sums + 1, tl.sum(high, 1).to(tl.int64, bitcast=True), mask=present, sem="relaxed")
+    if tl.max(tl.max(suspect, 1), 0) > 0:
         # Seldom: a second look says how many there are. An element of two words has its exponent in the second.
-        stride = tl.load(line + 8)
-        found = tl.zeros((COLUMNS,), tl.uint32)
+        stride = tl.load(line + 6)
+        found = tl.zeros((TOGETHER, COLUMNS), tl.uint32)
         for i in range(ROWS):
-            word, place = _words(line, first + i, column, UNIT, WORD, VECTORS)
+            row = first + i
+            left = tl.minimum(width, limit - row * width).to(tl.int32)
+            word = _words(members, row, column, left, UNIT, WORD, VECTORS)
+            place, shift = _places(start + row * step, column, UNIT)
+            if UNIT != 4:
+                word = word << shift[None, :]
             full = ((word & exponent) + lowest) & (exponent + lowest)
-            full = tl.where((stride == 1) | ((place & 1) == 1), full, 0)
+            full = tl.where(((stride == 1) | ((place & 1) == 1))[None, :], full, 0)
             found += (full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)
-        tl.atomic_add(sums + 2, tl.sum(found.to(tl.int64)), sem="relaxed")
+        tl.atomic_add(sums + 2, tl.sum(found.to(tl.int64), 1), mask=present, sem="relaxed")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _places(at, column, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the units of a row that begins with byte `at` of the full tensor: the low halves of the indices of their
+    words, and by how many bits they are shifted there."""
+    if UNIT == 4:
+        return (at >> 2).to(tl.uint32) + column.to(tl.uint32), column.to(tl.uint32) * 0
+    byte = (at & 3).to(tl.int32) + column * UNIT
+    return (at >> 2).to(tl.uint32) + (byte >> 2).to(tl.uint32), ((byte & 3) * 8).to(tl.uint32)
