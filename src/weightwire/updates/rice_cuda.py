@@ -469,6 +469,61 @@ def _field(data, at, stop, length):  # type: ignore[no-untyped-def]
     return _window(data, at, stop) & ((tl.full((), 1, tl.int64) << length) - 1)
 
 
+@triton.jit
+def _lowest_place(bits):  # type: ignore[no-untyped-def]
+    """Of uint64: which bit is the lowest that is set, by way of the exponent of a float; below 0 if none is."""
+    return ((bits & (0 - bits)).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+
+
+@triton.jit
+def _low_bits(bits, length):  # type: ignore[no-untyped-def]
+    """The lowest of uint64, and what is above them."""
+    length = length.to(tl.uint64)
+    return (bits & ((tl.full((), 1, tl.uint64) << length) - 1)).to(tl.int64), bits >> length
+
+
+@triton.jit
+def _change_at(data, at, stop, low, unit_bits):  # type: ignore[no-untyped-def]
+    """A change that is in the 64 bits from bit `at` on, as all but the longest are, read by one look at memory: the
+    zeros of its gap and the bits below, whether it falls, the zeros of its units and the units; how many bits it takes,
+    more than 64 if it is not all there. What is beyond `stop` is zeros."""
+    word, shift = at >> 5, (at & 31).to(tl.uint64)
+    source, words = data.to(tl.pointer_type(tl.uint32), bitcast=True) + word, (stop >> 5) - word
+    first = tl.load(source, mask=words > 0, other=0).to(tl.uint64)
+    second = tl.load(source + 1, mask=words > 1, other=0).to(tl.uint64)
+    third = tl.load(source + 2, mask=words > 2, other=0).to(tl.uint64)
+    bits = (((second << 32) | first) >> shift) | ((third << (63 - shift)) << 1)
+    zeros = _lowest_place(bits)
+    rest = bits >> (tl.maximum(zeros, 0) & 63).to(tl.uint64) >> 1
+    gap, rest = _low_bits(rest, low)
+    falls, rest = _low_bits(rest, low * 0 + 1)
+    more = _lowest_place(rest)
+    known = (zeros >= 0) & (more >= 0) & (more < 32)
+    more = tl.where(known, more, 0)
+    above, rest = _low_bits(rest >> (more + 1).to(tl.uint64), more)
+    below, rest = _low_bits(rest, unit_bits)
+    units = ((above + (tl.full((), 1, tl.int64) << more) - 1) << unit_bits) + below
+    length = tl.where(known, zeros + 2 * more + 3 + low + unit_bits, 65)
+    return zeros.to(tl.int64), gap, falls, more.to(tl.int64), units, length.to(tl.int64)
+
+
+@triton.jit
+def _long_change_at(data, at, stop, low, unit_bits, limit):  # type: ignore[no-untyped-def]
+    """`_change_at` of any. Of zeros there may be said to be fewer, if there are too many."""
+    zeros = _zeros(data, at, stop, limit)
+    here = at + zeros + 1
+    gap = _field(data, here, stop, low)
+    falls = _field(data, here + low, stop, 1)
+    here += low + 1
+    more = _zeros(data, here, stop, 64)
+    here += more + 1
+    held = tl.minimum(more, 31)
+    above = _field(data, here, stop, held) + (tl.full((), 1, tl.int64) << held) - 1
+    here += held
+    units = (above << unit_bits) + _field(data, here, stop, unit_bits)
+    return zeros, gap, falls, more, units, here + unit_bits - at
+
+
 @triton.jit(do_not_specialize=["blocks"])  # type: ignore[untyped-decorator]
 def read(  # type: ignore[no-untyped-def]
     lines, ofs, numbers, counts, begins, words, word_ats, keys, steps, wrong, blocks, FIELDS: tl.constexpr,
@@ -494,28 +549,22 @@ def read(  # type: ignore[no-untyped-def]
     stop = at + (tl.load(words + block, mask=inside, other=0) << 5)
     low = _gap_bits(count, last - first)
     place = first - 1
+    limit = ((last - first) >> low) + 1
     fine = inside
     change = tl.min(count) * 0
     most = tl.max(count)
     while change < most:
         going = fine & (change < count)
         end = tl.where(going, stop, 0)
-        zeros = _zeros(data, at, end, ((last - first) >> low) + 1)
-        here = at + zeros + 1
-        to = place + (zeros << low) + _field(data, here, end, low) + 1
-        here += low
-        good = (here < stop) & (to < last)
-        falls = _field(data, here, end, 1)
-        here += 1
-        more = _zeros(data, here, end, 64)
-        here += more + 1
-        good = good & (more < width)
-        more = tl.minimum(more, 31)
-        above = _field(data, here, end, more) + (tl.full((), 1, tl.int64) << more) - 1
-        here += more
-        units = (above << unit_bits) + _field(data, here, end, unit_bits)
-        here += unit_bits
-        good = good & (here <= stop) & ((units >> (width - 1)) == 0)
+        zeros, gap, falls, more, units, length = _change_at(data, at, end, low, unit_bits)
+        long = going & (length > 64)
+        if tl.max(long.to(tl.int32), axis=0) > 0:
+            z, g, f, m, u, n = _long_change_at(data, at, tl.where(long, end, 0), low, unit_bits, limit)
+            zeros, gap, falls = tl.where(long, z, zeros), tl.where(long, g, gap), tl.where(long, f, falls)
+            more, units, length = tl.where(long, m, more), tl.where(long, u, units), tl.where(long, n, length)
+        to = place + (zeros << low) + gap + 1
+        here = at + length
+        good = (to < last) & (more < width) & (here <= stop) & ((units >> (width - 1)) == 0)
         taken = going & good
         tl.store(keys + begin + change, origin + to, mask=taken)
         tl.store(steps + begin + change, tl.where(falls != 0, -units - 1, units + 1).to(tl.int32), mask=taken)
