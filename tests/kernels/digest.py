@@ -1,5 +1,6 @@
 """The digest's kernel against the digest on the CPU, element for element."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,24 +76,25 @@ def test_lines_of_every_kind_share_a_launch():
     start=st.sampled_from([0, 3]),
     bad=st.integers(0, 17),
 )
-def test_lines_that_are_alike_are_each_scanned_for_themselves(counts, name, start, bad):
+def test_of_lines_that_are_alike_each_gets_its_own(counts, name, start, bad):
     dtype = getattr(torch, name)
     runs = [random_bytes(n * dtype.itemsize, i).view(dtype) for n, times in counts for i in range(times)]
     if dtype.is_floating_point:
         runs[bad % len(runs)][-1] = float("inf")
     runs = [runs[i] for i in torch.randperm(len(runs), generator=torch.Generator().manual_seed(bad))]
     lines = [digest_cuda.line_of(run.data_ptr(), start, run.numel(), dtype) for run in runs]
-    with few_rows():
+    with few_rows(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digest_cuda, "_FEW", 0)
         assert scans(lines) == [scan(run.cpu(), start) for run in runs]
 
 
 def test_rows_of_several_parameters_are_scanned_together():
     whole = random_bytes(3 * 50 * 16, 5).view(torch.bfloat16).view(3, 50, 8)
     box = Box((0, 0), (50, 8))
-    parts = [whole[0], whole[1], whole[2].clone()]
+    parts = [whole[0], whole[1], whole[2].clone()] * 4
     lines = [line for p in parts for line in digest_cuda.lines_of(p.data_ptr(), box, p.stride(), (50, 24), p.dtype)]
     ready = digest_cuda.table(lines, DEVICE)
-    assert [(part.together, len(part.table)) for part in ready.parts] == [(4, 1)]
+    assert [(part.together, len(part.table)) for part in ready.parts] == [(2, 6)]
     with few_rows():
         assert scans(lines) == [scan_box(part.cpu(), box, (50, 24)) for part in parts]
 

@@ -20,11 +20,13 @@ import triton.language as tl
 
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
+from weightwire.updates.factors_cuda import factors, key_of, of_threads
 from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent, tiles
 
 __all__ = ["Line", "Table", "byte_lines", "line_of", "lines_of", "scan_again", "scan_lines", "sum_lines", "table"]
 
 _WORDS = {4: tl.uint32, 2: tl.uint16, 1: tl.uint8}
+_WARPS = 4
 
 
 class Line(NamedTuple):
@@ -154,42 +156,33 @@ def _parts(fields: Any, numbers: Any, unit: int, vectors: bool, device: torch.de
     rows, width, (pitch, step), limit = full_rows(rows, width, (pitch, step), unit)
     alike = np.stack([rows, width, limit, start, step, exponent, lowest, stride], axis=1)
     each = np.stack([address, pitch, numbers], axis=1)
-    for together, members in _groups(alike):
-        first, absent = members[:, 0], members < 0
-        own = np.where(absent[:, :, None], _ABSENT, each[members])
-        made = np.concatenate([alike[first, 1:], own.reshape(len(members), -1)], axis=1)
-        yield _Part(unit, vectors, together, sent(made, device), tiles(rows[first], width[first], device))
+    for members in _groups(alike, _FEW):
+        first = members[:, 0]
+        made = np.concatenate([alike[first, 1:], each[members].reshape(len(members), -1)], axis=1)
+        yield _Part(unit, vectors, members.shape[1], sent(made, device), tiles(rows[first], width[first], device))
 
 
-_TOGETHER = 4
-"""Lines that are scanned together at most: with more of them, nothing is left to save beside reading them."""
-_ABSENT = (0, 0, 0)
+def _groups(alike: Any, few: int) -> Iterator[Any]:
+    """Which lines are scanned together, of a table of all that has to be alike: pairs, if that many lines and
+    more are in pairs, and those left over.
 
-
-def _groups(alike: Any) -> Iterator[tuple[int, Any]]:
-    """Which lines are scanned together, of a table of all that has to be alike: by how many, `(groups, so many)` of
-    their numbers, -1 where one is missing.
-
-    >>> [(n, groups.tolist()) for n, groups in _groups(np.array([[1], [2], [1], [1], [3], [3]]))]
-    [(1, [[1]]), (2, [[4, 5]]), (4, [[0, 2, 3, -1]])]
+    >>> [groups.tolist() for groups in _groups(np.array([[1], [2], [1], [1], [3], [3]]), 2)]
+    [[[0, 2], [4, 5]], [[3], [1]]]
     """
     order = np.lexsort(alike.T[::-1])
-    new = np.append(True, (alike[order[1:]] != alike[order[:-1]]).any(axis=1))
-    begins = np.flatnonzero(new)
-    if 8 * len(begins) > 7 * len(order) > 56:
-        begins = np.arange(len(order))  # so few are alike that a launch of their own would cost more than it saves
+    begins = np.flatnonzero(np.append(True, (alike[order[1:]] != alike[order[:-1]]).any(axis=1)))
     counts = np.diff(np.append(begins, len(order)))
-    # Cut into groups of `_TOGETHER` and what is left over.
-    each = -(-counts // _TOGETHER)
-    number = np.arange(each.sum()) - np.repeat(np.cumsum(each) - each, each)
-    first = np.repeat(begins, each) + _TOGETHER * number
-    size = np.minimum(np.repeat(begins + counts, each) - first, _TOGETHER)
-    for least, together in ((1, 1), (2, 2), (3, 4)):
-        mine = (size >= least) & (size <= together)
+    number = np.arange(len(order)) - np.repeat(begins, counts)
+    paired = number < np.repeat(counts // 2 * 2, counts)
+    if paired.sum() < few:
+        paired[:] = False
+    for together, mine in ((2, paired), (1, ~paired)):
         if mine.any():
-            place = first[mine, None] + np.arange(together)
-            missing = np.arange(together) >= size[mine, None]
-            yield together, np.where(missing, -1, order[np.where(missing, 0, place)])
+            yield order[mine].reshape(-1, together)
+
+
+_FEW = 8
+"""For fewer lines a launch of their own costs more than it saves."""
 
 
 def scan_lines(ready: Table) -> list[Pending]:
@@ -210,7 +203,7 @@ def _launch(ready: Table, sums: torch.Tensor) -> None:
     for unit, vectors, together, made, places in ready.parts:
         _scan[(places.count,)](
             made, places.places, sums, UNIT=unit, WORD=_WORDS[unit], VECTORS=vectors, TOGETHER=together,
-            FIELDS=made.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, num_warps=8,
+            FIELDS=made.shape[1], ROWS=ROWS, COLUMNS=COLUMNS, THREADS=32 * _WARPS, num_warps=_WARPS,
         )  # fmt: skip
 
 
@@ -229,24 +222,87 @@ _tables: dict[object, Table] = {}
 _KEPT_TABLES = 512
 
 
-@triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
+@triton.jit  # type: ignore[untyped-decorator]
+def _words(member, row, column, left, shift, UNIT: tl.constexpr, WORD: tl.constexpr, FULL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """One row of a line, as far as it has columns left: its words, shifted to where they are in a word of the full
+    tensor if they are parts of one."""
+    data = (tl.load(member) + row * tl.load(member + 1)).to(tl.pointer_type(WORD), bitcast=True)
+    if FULL:
+        # Without a mask it is read 16 bytes at a time.
+        return tl.load(tl.multiple_of(data, 16) + column)
+    word = tl.load(data + column, mask=column < left, other=0).to(tl.uint32)
+    return word if UNIT == 4 else word << shift
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _words(members, row, column, left, UNIT: tl.constexpr, WORD: tl.constexpr, VECTORS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One row of each line, as far as it has columns left: its words, shifted to where they are in a word of the full
-    tensor if they are parts of one."""
-    address, pitch = tl.load(members), tl.load(members + 1)
-    data = (address + row * pitch).to(tl.pointer_type(WORD), bitcast=True)[:, None]
-    if VECTORS:
-        data = tl.multiple_of(data, (16, 16))
-        left = tl.multiple_of(left, 4)
-    inside = (address != 0)[:, None] & (column < left)[None, :]
-    return tl.load(data + column[None, :], mask=inside, other=0).to(tl.uint32)
+def _places(at, column, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of the units of a row that begins with byte `at` of the full tensor: the low halves of the indices of their
+    words, and by how many bits they are shifted there."""
+    if UNIT == 4:
+        return (at >> 2).to(tl.uint32) + column.to(tl.uint32), (column * 0).to(tl.uint32)
+    byte = (at & 3).to(tl.int32) + column * UNIT
+    return (at >> 2).to(tl.uint32) + (byte >> 2).to(tl.uint32), ((byte & 3) * 8).to(tl.uint32)
+
+
+@triton.jit
+def _full(word, exponent, lowest):  # type: ignore[no-untyped-def]
+    """In the sign's bit of each element: whether its exponent is all ones."""
+    return ((word & exponent) + lowest) & (exponent + lowest)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _sums(  # type: ignore[no-untyped-def]
+    line, first, column, UNIT: tl.constexpr, WORD: tl.constexpr, FULL: tl.constexpr, TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Of some rows of the lines of a group: both sums of the first, then of the second, and whether there may be NaN or
+    Inf in one of them."""
+    width, limit, start, step = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    exponent, lowest = tl.load(line + 4).to(tl.uint32), tl.load(line + 5).to(tl.uint32)
+    key = key_of(start >> 2)
+    REPEATS: tl.constexpr = COLUMNS // THREADS // 4
+    low = tl.zeros((THREADS,), tl.uint64)
+    high = tl.zeros((THREADS,), tl.uint64)
+    other_low = tl.zeros((THREADS,), tl.uint64)
+    other_high = tl.zeros((THREADS,), tl.uint64)
+    suspect = tl.zeros((COLUMNS,), tl.uint32)
+    for i in range(ROWS):
+        row = first + i
+        left = tl.minimum(width, limit - row * width)
+        place, shift = _places(start + row * step, column, UNIT)
+        one, other = factors(place, key)
+        word = _words(line + 7, row, column, left, shift, UNIT, WORD, FULL)
+        low += of_threads(word.to(tl.uint64) * one, REPEATS, THREADS)
+        high += of_threads(word.to(tl.uint64) * other, REPEATS, THREADS)
+        suspect |= _full(word, exponent, lowest)
+        if TOGETHER == 2:
+            word = _words(line + 10, row, column, left, shift, UNIT, WORD, FULL)
+            other_low += of_threads(word.to(tl.uint64) * one, REPEATS, THREADS)
+            other_high += of_threads(word.to(tl.uint64) * other, REPEATS, THREADS)
+            suspect |= _full(word, exponent, lowest)
+    return tl.sum(low), tl.sum(high), tl.sum(other_low), tl.sum(other_high), tl.max(suspect) > 0
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nonfinite(line, member, first, column, UNIT: tl.constexpr, WORD: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """How many NaN and Inf there are in some rows of a line. An element of two words has its exponent in the second."""
+    width, limit, start, step = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
+    exponent, lowest = tl.load(line + 4).to(tl.uint32), tl.load(line + 5).to(tl.uint32)
+    found = column * 0
+    for i in range(ROWS):
+        row = first + i
+        place, shift = _places(start + row * step, column, UNIT)
+        word = _words(member, row, column, tl.minimum(width, limit - row * width), shift, UNIT, WORD, False)
+        full = _full(word, exponent, lowest)
+        full = tl.where((tl.load(line + 6) == 1) | ((place & 1) == 1), full, 0)
+        found += ((full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)).to(tl.int32)
+    return tl.sum(found.to(tl.int64))
+
+
+@triton.jit
+def _add(sums, low, high):  # type: ignore[no-untyped-def]
+    tl.atomic_add(sums, low.to(tl.int64, bitcast=True), sem="relaxed")
+    tl.atomic_add(sums + 1, high.to(tl.int64, bitcast=True), sem="relaxed")
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -261,59 +317,33 @@ def _scan(  # type: ignore[no-untyped-def]
     FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
-    """One tile of lines that are alike. A group of them: the width of a row, and units in all; where their bytes begin
-    in the full tensor, and how far apart rows are there; what `digest.word_facts` says. And of each line its address,
-    or 0 where there is none, how far apart its rows are in memory, and its number."""
+    """One tile of one or two lines that are alike. A group of them: the width of a row, and units in all; where their
+    bytes begin in the full tensor, and how far apart rows are there; what `digest.word_facts` says. And of each line
+    its address, how far apart its rows are in memory, and its number."""
     tile = tl.program_id(0).to(tl.int64) * 3
     line = table + tl.load(places + tile).to(tl.int64) * FIELDS
     first = tl.load(places + tile + 1).to(tl.int64)
-    column = tl.multiple_of(tl.load(places + tile + 2), COLUMNS) + tl.arange(0, COLUMNS)
-    width, limit, start, step = tl.load(line), tl.load(line + 1), tl.load(line + 2), tl.load(line + 3)
-    exponent, lowest = tl.load(line + 4).to(tl.uint32), tl.load(line + 5).to(tl.uint32)
-    members = line + 7 + 3 * tl.arange(0, TOGETHER)
-    key = _mix((start >> 34).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
-    low = tl.zeros((TOGETHER, COLUMNS), tl.uint64)
-    high = tl.zeros((TOGETHER, COLUMNS), tl.uint64)
-    suspect = tl.zeros((TOGETHER, COLUMNS), tl.uint32)
-    for i in range(ROWS):
-        row = first + i
-        left = tl.minimum(width, limit - row * width).to(tl.int32)
-        word = _words(members, row, column, left, UNIT, WORD, VECTORS)
-        place, shift = _places(start + row * step, column, UNIT)
-        if UNIT != 4:
-            word = word << shift[None, :]
-        mixed = _mix(place ^ key)
-        again = mixed * tl.full((), 0x31848BAB, tl.uint32)
-        low += word.to(tl.uint64) * (mixed | 1).to(tl.uint64)[None, :]
-        high += word.to(tl.uint64) * ((again ^ (again >> 14)) | 1).to(tl.uint64)[None, :]
-        suspect |= ((word & exponent) + lowest) & (exponent + lowest)
-    present = tl.load(members) != 0
-    sums += tl.load(members + 2) * 3
-    tl.atomic_add(sums, tl.sum(low, 1).to(tl.int64, bitcast=True), mask=present, sem="relaxed")
-    tl.atomic_add(sums + 1, tl.sum(high, 1).to(tl.int64, bitcast=True), mask=present, sem="relaxed")
-    if tl.max(tl.max(suspect, 1), 0) > 0:
-        # Seldom: a second look says how many there are. An element of two words has its exponent in the second.
-        stride = tl.load(line + 6)
-        found = tl.zeros((TOGETHER, COLUMNS), tl.uint32)
-        for i in range(ROWS):
-            row = first + i
-            left = tl.minimum(width, limit - row * width).to(tl.int32)
-            word = _words(members, row, column, left, UNIT, WORD, VECTORS)
-            place, shift = _places(start + row * step, column, UNIT)
-            if UNIT != 4:
-                word = word << shift[None, :]
-            full = ((word & exponent) + lowest) & (exponent + lowest)
-            full = tl.where(((stride == 1) | ((place & 1) == 1))[None, :], full, 0)
-            found += (full >> 31) + (full >> 23 & 1) + (full >> 15 & 1) + (full >> 7 & 1)
-        tl.atomic_add(sums + 2, tl.sum(found.to(tl.int64), 1), mask=present, sem="relaxed")
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _places(at, column, UNIT: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of the units of a row that begins with byte `at` of the full tensor: the low halves of the indices of their
-    words, and by how many bits they are shifted there."""
-    if UNIT == 4:
-        return (at >> 2).to(tl.uint32) + column.to(tl.uint32), column.to(tl.uint32) * 0
-    byte = (at & 3).to(tl.int32) + column * UNIT
-    return (at >> 2).to(tl.uint32) + (byte >> 2).to(tl.uint32), ((byte & 3) * 8).to(tl.uint32)
+    begin = tl.multiple_of(tl.load(places + tile + 2), COLUMNS)
+    column = begin + tl.arange(0, COLUMNS)
+    width = tl.load(line)
+    inside = begin + COLUMNS <= tl.minimum(width, tl.load(line + 1) - (first + ROWS - 1) * width)
+    if inside & VECTORS:
+        low, high, other_low, other_high, suspect = _sums(
+            line, first, column, UNIT, WORD, VECTORS, TOGETHER, ROWS, COLUMNS, THREADS
+        )
+    else:
+        low, high, other_low, other_high, suspect = _sums(
+            line, first, column, UNIT, WORD, False, TOGETHER, ROWS, COLUMNS, THREADS
+        )
+    _add(sums + tl.load(line + 9) * 3, low, high)
+    if TOGETHER == 2:
+        _add(sums + tl.load(line + 12) * 3, other_low, other_high)
+    if suspect:
+        # Seldom: a second look says how many there are.
+        found = _nonfinite(line, line + 7, first, column, UNIT, WORD, ROWS)
+        tl.atomic_add(sums + tl.load(line + 9) * 3 + 2, found, sem="relaxed")
+        if TOGETHER == 2:
+            found = _nonfinite(line, line + 10, first, column, UNIT, WORD, ROWS)
+            tl.atomic_add(sums + tl.load(line + 12) * 3 + 2, found, sem="relaxed")

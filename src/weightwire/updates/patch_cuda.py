@@ -17,7 +17,8 @@ import triton.language as tl
 from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import Changes
 from weightwire.updates.digest import Pending, word_facts
-from weightwire.updates.rice_cuda import factors, key_of, moved
+from weightwire.updates.factors_cuda import factors, key_of
+from weightwire.updates.rice_cuda import moved
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["Patches", "Site", "Sites"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from weightwire.updates.factors_cuda import factors, key_of, of_threads
+
 __all__ = [
     "BINS",
     "CHUNK",
@@ -17,8 +19,6 @@ __all__ = [
     "WORDS",
     "collect",
     "detect",
-    "factors",
-    "key_of",
     "moved",
     "read",
     "read_ends",
@@ -40,28 +40,7 @@ BINS = 64
 """Room for a tally of steps by size; 33 are in use."""
 
 
-# -- the digest's factors, and the order of bit patterns ---------------------------------------------------------------
-
-
-@triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
-    x = (x ^ (x >> 16)) * tl.full((), 0x7FEB352D, tl.uint32)
-    x = (x ^ (x >> 15)) * tl.full((), 0x846CA68B, tl.uint32)
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def key_of(word):  # type: ignore[no-untyped-def]
-    """What the high half of a word's index, int64, brings to its factors."""
-    return _mix((word >> 32).to(tl.uint32) ^ tl.full((), 0x9E3779B9, tl.uint32))
-
-
-@triton.jit
-def factors(place, key):  # type: ignore[no-untyped-def]
-    """The two factors of words with the low half of their index in `place`."""
-    mixed = _mix(place ^ key)
-    again = mixed * tl.full((), 0x31848BAB, tl.uint32)
-    return (mixed | 1).to(tl.uint64), ((again ^ (again >> 14)) | 1).to(tl.uint64)
+# -- the order of bit patterns -----------------------------------------------------------------------------------------
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,12 +116,6 @@ def sample(lines, counts, most, WIDTH: tl.constexpr, CHUNK: tl.constexpr):  # ty
         old, now = tl.load(base + place, mask=inside, other=0), tl.load(new + place, mask=inside, other=0)
         differ += (old != now).to(tl.int32)
     tl.store(counts + number, tl.sum(differ).to(tl.int64))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _of_threads(x, REPEATS: tl.constexpr, THREADS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The sums of what each thread has of words, of which it loads four at a time: nothing goes from one to another."""
-    return tl.sum(tl.sum(tl.reshape(x, (REPEATS, THREADS, 4)), 2), 0)
 
 
 @triton.jit
@@ -230,13 +203,13 @@ def detect(  # type: ignore[no-untyped-def]
         for i in range(SEGMENT // WORDS):
             old, now = tl.load(base + i * WORDS + column), tl.load(new + i * WORDS + column)
             low, high = factors((at + i * WORDS + column).to(tl.uint32), key)
-            before_low += _of_threads(old.to(tl.uint64) * low, REPEATS, THREADS)
-            before_high += _of_threads(old.to(tl.uint64) * high, REPEATS, THREADS)
-            after_low += _of_threads(now.to(tl.uint64) * low, REPEATS, THREADS)
-            after_high += _of_threads(now.to(tl.uint64) * high, REPEATS, THREADS)
-            full += _of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
+            before_low += of_threads(old.to(tl.uint64) * low, REPEATS, THREADS)
+            before_high += of_threads(old.to(tl.uint64) * high, REPEATS, THREADS)
+            after_low += of_threads(now.to(tl.uint64) * low, REPEATS, THREADS)
+            after_high += of_threads(now.to(tl.uint64) * high, REPEATS, THREADS)
+            full += of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
             each = _mark(old, now, bits + i * (WORDS * HALVES // 8), HALVES, WORDS)
-            count += _of_threads(each, REPEATS, THREADS)
+            count += of_threads(each, REPEATS, THREADS)
     else:
         # A part of a tensor begins anywhere: what is one word here may be halves of two there, and the high half of
         # their index may change on the way.
@@ -247,20 +220,20 @@ def detect(  # type: ignore[no-untyped-def]
             now = _tail(line, 1, first + i * WORDS, words - i * WORDS, HALVES, WORDS)
             place = (at + i * WORDS + column).to(tl.uint32)
             low, high = factors(place, tl.where(place < wraps, next_key, key))
-            before_low += _of_threads((old << shift).to(tl.uint64) * low, REPEATS, THREADS)
-            before_high += _of_threads((old << shift).to(tl.uint64) * high, REPEATS, THREADS)
-            after_low += _of_threads((now << shift).to(tl.uint64) * low, REPEATS, THREADS)
-            after_high += _of_threads((now << shift).to(tl.uint64) * high, REPEATS, THREADS)
+            before_low += of_threads((old << shift).to(tl.uint64) * low, REPEATS, THREADS)
+            before_high += of_threads((old << shift).to(tl.uint64) * high, REPEATS, THREADS)
+            after_low += of_threads((now << shift).to(tl.uint64) * low, REPEATS, THREADS)
+            after_high += of_threads((now << shift).to(tl.uint64) * high, REPEATS, THREADS)
             if shift != 0:
                 place = (at + i * WORDS + column + 1).to(tl.uint32)
                 low, high = factors(place, tl.where(place < wraps, next_key, key))
-                before_low += _of_threads((old >> 16).to(tl.uint64) * low, REPEATS, THREADS)
-                before_high += _of_threads((old >> 16).to(tl.uint64) * high, REPEATS, THREADS)
-                after_low += _of_threads((now >> 16).to(tl.uint64) * low, REPEATS, THREADS)
-                after_high += _of_threads((now >> 16).to(tl.uint64) * high, REPEATS, THREADS)
-            full += _of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
+                before_low += of_threads((old >> 16).to(tl.uint64) * low, REPEATS, THREADS)
+                before_high += of_threads((old >> 16).to(tl.uint64) * high, REPEATS, THREADS)
+                after_low += of_threads((now >> 16).to(tl.uint64) * low, REPEATS, THREADS)
+                after_high += of_threads((now >> 16).to(tl.uint64) * high, REPEATS, THREADS)
+            full += of_threads(_full(now, exponent, lowest), REPEATS, THREADS)
             each = _mark(old, now, bits + i * (WORDS * HALVES // 8), HALVES, WORDS)
-            count += _of_threads(each, REPEATS, THREADS)
+            count += of_threads(each, REPEATS, THREADS)
     tl.atomic_add(sums, tl.sum(before_low).to(tl.int64, bitcast=True), sem="relaxed")
     tl.atomic_add(sums + 1, tl.sum(before_high).to(tl.int64, bitcast=True), sem="relaxed")
     tl.atomic_add(sums + 2, tl.sum(after_low).to(tl.int64, bitcast=True), sem="relaxed")
