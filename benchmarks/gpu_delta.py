@@ -56,7 +56,7 @@ def main() -> None:
         timed(times, "before", lambda: settle(scan_tensors_any(live)))
 
         def decode(data: list[torch.Tensor] = data) -> Patches:
-            changes = decode_all(names, parse_all(names, data))
+            changes = decode_all(names, parse_all(names, data, settle(scan_tensors_any(data))))
             patches = Patches(changes, sites)
             settle(patches.look())
             return patches

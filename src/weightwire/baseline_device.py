@@ -28,6 +28,7 @@ __all__ = ["DeviceBaseline"]
 # changes that are encoded together (`delta_cuda.CHANGES`); more only where one tensor has more than so many.
 _ELEMENTS = 1 << 33
 _SAMPLE = 1024  # elements of each tensor
+_SPARSE = 0.05  # a step that changed less is a guess at what the next one does, good enough not to look before
 
 
 class DeviceBaseline(Baseline):
@@ -41,10 +42,13 @@ class DeviceBaseline(Baseline):
         self._source = source
         self._written = False
         self._sites: tuple[tuple[int, int], Sites] | None = None
+        self._share: float | None = None  # of the elements, that the last step changed
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
     def density(self, read: Read) -> float:
+        if self._share is not None and self._share < _SPARSE:
+            return self._share
         from weightwire.updates.delta_cuda import density  # needs Triton
 
         return density(self._tensors, self._news(), sample=_SAMPLE)
@@ -71,6 +75,7 @@ class DeviceBaseline(Baseline):
                         next_step="Publish with kind='dense'.",
                     )
                 deltas.append(delta)
+        self._share = sum(delta.count for delta in deltas) / max(self.numel, 1)
         return deltas
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
@@ -96,7 +101,7 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self._sites = None
+        self._sites = self._share = None
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device

@@ -98,15 +98,17 @@ def find_route(
     if why is not None:
         return Route(why=why)
     if not always and (share := _density(baseline, reading, ranks, together)) > _DENSEST:
-        return Route(
-            why=f"about {share:.0%} of the elements changed, more than the {_DENSEST:.0%} up to which deltas pay"
-        )
+        return Route(why=_too_dense(share))
     own = together.everywhere(lambda: baseline.encode(reading.read_own, finite=finite))
     step = own
     if ranks is not None:
         collected = collect(ranks, reading.parts, own)
         names = [spec.name for spec in reading.specs]
         step = together.on_leader(lambda: join_all(names, reading.parts, own, collected)) or []
+    # Known now, where before it was a guess.
+    share = together.from_leader(lambda: _share(step), float)
+    if not always and share > _DENSEST:
+        return Route(why=_too_dense(share), own=own)
     behind: list[Behind] = []
     for version in sorted({v for v in serves.values() if v not in (baseline.version, None)}):
         engines = [name for name, served in serves.items() if served == version]
@@ -133,7 +135,15 @@ def _density(baseline: Baseline, reading: Reading, ranks: Ranks | None, together
     return float(changed / numel.clamp(1))
 
 
+def _share(deltas: Sequence[Delta]) -> float:
+    return sum(delta.count for delta in deltas) / max(sum(delta.numel for delta in deltas), 1)
+
+
+def _too_dense(share: float) -> str:
+    return f"about {share:.0%} of the elements changed, more than the {_DENSEST:.0%} up to which deltas pay"
+
+
 def _summary(reading: Reading, step: Sequence[Delta], behind: Sequence[Behind]) -> str:
-    share = sum(delta.count for delta in step) / max(sum(delta.numel for delta in step), 1)
+    share = _share(step)
     dense = sum(spec.nbytes for spec in reading.specs) / 1e6
     return f"{share:.2%} of the elements changed, instead of {dense:.1f} MB" + "".join(f"; {way}" for way in behind)

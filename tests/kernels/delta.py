@@ -12,8 +12,8 @@ from weightwire.errors import UsageError, VerificationError
 from weightwire.updates import delta as delta_module
 from weightwire.updates import delta_cuda, rice_cuda
 from weightwire.updates.delta import DELTA_DTYPES, HEAD_BYTES, SEAL_BYTES, compose, decode, encode, parse
-from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
-from weightwire.updates.digest import scan
+from weightwire.updates.delta_cuda import decode_all, encode_all
+from weightwire.updates.digest import scan, scan_tensors_any, settle
 
 DTYPES = list(DELTA_DTYPES)
 SIZES = rice_cuda.SEGMENT, rice_cuda.WORDS  # before they are patched
@@ -104,6 +104,10 @@ def test_what_is_read_is_what_the_cpu_reads(drawn, seed):
         base = random_bits(count, dtype, seed + n)
         data.append(encode(f"w{n}", base, changed(base, share, way, seed)).data)
     same_changes([f"w{n}" for n in range(len(drawn))], data)
+
+
+def parse_all(names, data):
+    return delta_cuda.parse_all(names, data, settle(scan_tensors_any(data)))
 
 
 def same_changes(names, data):

@@ -69,6 +69,10 @@ def slices(full):
     return live
 
 
+def seal(staging):
+    staging.seal(staging.sent)
+
+
 class Rank:
     """One rank's live parameters, and what a target keeps for them."""
 
@@ -117,6 +121,7 @@ class Rank:
             bucket_bytes=4096,
         )  # fmt: skip
         staging = DeviceDelta(manifest, self.plan, self.places(), DEVICE, self.held)
+        staging.sent = [scan(raw) for raw in data]
         for bucket in cut(manifest):
             filled = torch.zeros(bucket.nbytes, dtype=torch.uint8)
             for number, start, count, offset in bucket.pieces:
@@ -159,7 +164,7 @@ def test_deltas_follow_each_other(rank, first):
     for seed in (1, 2):
         new = step(old, seed)
         staging = rank.delta(old, new)
-        staging.seal([])
+        seal(staging)
         assert rank.holds(old)
         staging.commit()
         assert rank.holds(new)
@@ -174,7 +179,7 @@ def test_deltas_follow_each_other(rank, first):
 def test_where_things_are_is_found_out_again_only_when_they_have_moved(rank, first):
     def goes_live(old, new):
         staging = rank.delta(old, new)
-        staging.seal([])
+        seal(staging)
         staging.commit()
         staging.proof()
         assert rank.holds(new)
@@ -190,7 +195,7 @@ def test_where_things_are_is_found_out_again_only_when_they_have_moved(rank, fir
 def test_undone_it_is_what_it_was_and_can_be_sent_again(rank, first):
     new = step(first, 1)
     staging = rank.delta(first, new)
-    staging.seal([])
+    seal(staging)
     for proven in (False, True):
         staging.commit()
         if proven:
@@ -199,7 +204,7 @@ def test_undone_it_is_what_it_was_and_can_be_sent_again(rank, first):
         assert rank.holds(first)
     staging.discard()
     staging = rank.delta(first, new)
-    staging.seal([])
+    seal(staging)
     staging.commit()
     staging.proof()
     assert rank.holds(new)
@@ -208,7 +213,7 @@ def test_undone_it_is_what_it_was_and_can_be_sent_again(rank, first):
 def test_a_commit_that_stops_halfway_is_undone(rank, first):
     new = step(first, 2)
     staging = rank.delta(first, new)
-    staging.seal([])
+    seal(staging)
     rank.live["whole"].copy_(new["whole"])  # as far as it came
     staging.undo()
     assert rank.holds(first)
@@ -217,7 +222,7 @@ def test_a_commit_that_stops_halfway_is_undone(rank, first):
 
 def test_no_change_at_all(rank, first):
     staging = rank.delta(first, first)
-    staging.seal([])
+    seal(staging)
     staging.commit()
     staging.proof()
     assert rank.holds(first)
@@ -227,20 +232,20 @@ def test_another_base_and_the_same_twice_are_refused(rank, first):
     new = step(first, 1)
     staging = rank.delta(new, first)
     with pytest.raises(VersionError, match="'whole': the delta starts from elements of digest"):
-        staging.seal([])
+        seal(staging)
     staging = rank.delta(first, new)
-    staging.seal([])
+    seal(staging)
     staging.commit()
     staging.proof()
     with pytest.raises(VersionError, match="'whole': the delta starts from elements of digest"):
-        rank.delta(first, new).seal([])
+        seal(rank.delta(first, new))
     assert rank.holds(new)
 
 
 def test_live_weights_that_somebody_else_changed_are_noticed(rank, first):
     rank.live["columns"][2, 3] += 1
     with pytest.raises(VersionError, match="1 live parameters are not what was committed last: columns"):
-        rank.delta(first, step(first, 1)).seal([])
+        seal(rank.delta(first, step(first, 1)))
 
 
 @pytest.mark.parametrize("place", [3, 30, 60, 82, 90, -1])
@@ -249,7 +254,7 @@ def test_harmed_bytes_change_nothing(rank, first, place):
     data = [encode(name, first[name], new[name]).data for name in first]
     data[3][place] ^= 1
     with pytest.raises(VerificationError, match="'columns': not a whole delta"):
-        rank.staged(data).seal([])
+        seal(rank.staged(data))
     assert rank.holds(first)
 
 
@@ -257,17 +262,17 @@ def test_a_delta_of_another_tensor_is_refused(rank, first):
     data = [encode(name, first[name], first[name]).data for name in first]
     data[0] = encode("whole", first["q"], first["q"]).data
     with pytest.raises(ShapeMismatch, match="'whole': the delta is of 40 elements"):
-        rank.staged(data).seal([])
+        seal(rank.staged(data))
 
 
 def test_nan_is_refused_unless_asked_for(rank, first):
     new = step(first, 1)
     new["columns"][0, 7] = float("nan")
     with pytest.raises(NonFinite, match="NaN or Inf in columns"):
-        rank.delta(first, new).seal([])
+        seal(rank.delta(first, new))
     assert rank.holds(first)
     staging = rank.delta(first, new, finite=False)
-    staging.seal([])
+    seal(staging)
     staging.commit()
     staging.proof()
     assert rank.holds(new)

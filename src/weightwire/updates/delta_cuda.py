@@ -27,7 +27,7 @@ from weightwire.updates.delta import (
     opened,
     unit_costs,
 )
-from weightwire.updates.digest import Digest, word_facts
+from weightwire.updates.digest import Digest, Scan, scan_runs, word_facts
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
@@ -267,20 +267,27 @@ def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, p
     here[(places + nbytes - SEAL_BYTES)[:, None] // 4 + np.arange(SEAL_BYTES // 4)] = seals
 
 
-def parse_all(names: Sequence[str], data: Sequence[torch.Tensor]) -> list[Delta]:
-    """What `delta.parse` gives for each of many, whose bytes (uint8, 1-D) are on one device and stay there."""
+def parse_all(names: Sequence[str], data: Sequence[torch.Tensor], scans: Sequence[Scan]) -> list[Delta]:
+    """What `delta.parse` gives for each of many, whose bytes (uint8, 1-D) are on one device and stay there; `scans`:
+    what `digest.scan` gives of all their bytes."""
     if not data:
         return []
     device, runs = data[0].device, np.array([(raw.data_ptr(), raw.numel()) for raw in data])
-    size = HEAD_BYTES + SEAL_BYTES
-    ends = torch.empty(len(data), size, dtype=torch.uint8, device=device)
+    table = torch.empty(len(data), HEAD_BYTES + SEAL_BYTES, dtype=torch.uint8, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        rice_cuda.read_ends[(len(data),)](sent(runs, device), ends, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
-    digests = _digests(runs, device)[:, :2].contiguous().view(torch.uint8)
-    table = torch.cat([ends, digests], dim=1).cpu().numpy()
-    intact = (table[:, HEAD_BYTES:size] == table[:, size:]).all(axis=1).tolist()
-    heads = map(bytes, table[:, :HEAD_BYTES])
-    return [opened(*each) for each in zip(names, data, heads, intact, strict=True)]
+        rice_cuda.read_ends[(len(data),)](sent(runs, device), table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
+    ends = table.cpu()
+    starts = [max(nbytes - SEAL_BYTES, 0) for nbytes in runs[:, 1].tolist()]
+    seals = scan_runs(ends.view(-1), [
+        (row * ends.shape[1] + HEAD_BYTES, SEAL_BYTES, start, torch.uint8) for row, start in enumerate(starts)
+    ])  # fmt: skip
+    said = ends[:, HEAD_BYTES:].contiguous().view(torch.int64).numpy().view(np.uint64).tolist()
+    return [
+        opened(name, raw, head, scan.digest - seal.digest == tuple(digest))
+        for name, raw, head, scan, seal, digest in zip(
+            names, data, map(bytes, ends[:, :HEAD_BYTES].numpy()), scans, seals, said, strict=True
+        )
+    ]
 
 
 def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:

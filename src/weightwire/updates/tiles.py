@@ -115,9 +115,10 @@ def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
     >>> tiles(np.array([17, 1]), np.array([1024, 3000]), torch.device("cpu")).places.tolist()
     [[0, 0, 0], [0, 16, 0], [1, 0, 0], [1, 0, 1024], [1, 0, 2048]]
     """
+    # On the host: of a few thousand that takes less than the launches it would take on the device.
     across = -(-widths // COLUMNS)
-    parts = parts_of(-(-counts // ROWS) * across, device)
-    across = sent(across, device)[parts.of]
-    row = parts.number // across
-    column = parts.number - row * across
-    return Tiles(torch.stack([parts.of, row * ROWS, column * COLUMNS], dim=1).to(torch.int32), len(parts.of))
+    each = -(-counts // ROWS) * across
+    of = np.repeat(np.arange(len(each), dtype=np.int32), each)
+    number = np.arange(len(of), dtype=np.int32) - np.repeat(ends_of(each)[:-1].astype(np.int32), each)
+    row, column = np.divmod(number, across.astype(np.int32)[of])
+    return Tiles(sent(np.stack([of, row * ROWS, column * COLUMNS], axis=1), device), len(of))

@@ -84,7 +84,7 @@ class DeviceDelta(ArrivingDelta):
         self._allocate()
         self._wait_until_ready()
         names = [spec.name for spec in self._specs]
-        deltas = parse_all(names, self._bytes)
+        deltas = parse_all(names, self._bytes, scans)
         self._check_bases(deltas)
         if not deltas:
             return
