@@ -8,6 +8,7 @@ arrives goes into the live parameters themselves.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,6 +77,38 @@ class Region(NamedTuple):
         return lines_of(address, self.copy.source, strides, self.spec.shape, self.live.dtype)
 
 
+class Layout(NamedTuple):
+    """Where parameters are in one piece of memory of `nbytes`: the byte at which each begins."""
+
+    nbytes: int
+    begins: Mapping[str, int]
+
+
+class _Memory(Mapping[str, torch.Tensor]):
+    """Parameters in one piece of memory, each of the shape, strides and dtype of those that are live. Made when asked
+    for: to make some hundreds takes longer than to receive the first buckets, and mostly nobody asks."""
+
+    def __init__(self, layout: Layout, live: Mapping[str, Sequence[torch.Tensor]], device: torch.device) -> None:
+        # In one piece, which the allocator then finds in the same place at the next update.
+        self._memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
+        self._layout, self._live = layout, live
+        self._made: dict[str, torch.Tensor] = {}
+        self.where = (self._memory.data_ptr(), layout)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._made:
+            live, begin = self._live[name][0], self._layout.begins[name]
+            run = self._memory[begin : begin + live.nbytes]
+            self._made[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layout.begins)
+
+    def __len__(self) -> int:
+        return len(self._layout.begins)
+
+
 @dataclass(slots=True)
 class Tables:
     """What was made ready for the last update, kept because the next mostly has the same addresses."""
@@ -90,6 +123,9 @@ class Tables:
     buckets: dict[object, BatchedCopy] = field(default_factory=dict)
     """The way of each bucket into staged memory, by where it arrives."""
     buckets_of: object = None
+    layouts: dict[Sequence[str], Layout] = field(default_factory=dict)
+    """By the names that are staged."""
+    layouts_of: object = None
 
 
 class Version(NamedTuple):
@@ -132,7 +168,7 @@ class DeviceStaging:
         self._arrived: list[Digest] = []
         self.takes = plan.takes
         self._lent: dict[int, int] = {}
-        self._staged: dict[str, torch.Tensor] = {}
+        self._staged: Mapping[str, torch.Tensor] = {}
         self._regions: list[Region] = []
         self._expected: list[Scan] = []
         self._ingredients = Ingredients(twin, manifest, plan.computed)
@@ -158,9 +194,9 @@ class DeviceStaging:
                     next_step="Publish without staging='none'.",
                 )
             self._staged = {name: live[name][0] for name in named}
-        self._all = sorted(named)
-        self._own = {"copy": self._all, "lent": sorted(cast.union(self.computed)), "none": []}[manifest.staging]
-        self.nbytes = self._size(self._own)
+        self._all = tuple(sorted(named))
+        self._own = {"copy": self._all, "lent": tuple(sorted(cast.union(self.computed))), "none": ()}[manifest.staging]
+        self.nbytes = self._layout(self._own).nbytes
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._ingredients.write(tensor, start, data, self._allocated)
@@ -194,7 +230,7 @@ class DeviceStaging:
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
-        if self._size(self._all) <= room:
+        if self._layout(self._all).nbytes <= room:
             self._own = self._all
         return self._own is self._all
 
@@ -213,8 +249,7 @@ class DeviceStaging:
             refuse_infinite(name, self._staged[name])
         # All of a region follows from the plan and from where things are.
         live = [tensor.data_ptr() for tensors in self._live.values() for tensor in tensors]
-        staged = [(name, tensor.data_ptr()) for name, tensor in self._staged.items()]
-        key = (self._plan, self._lent, staged, live)
+        key = (self._plan, self._lent, self._where, live)
         if self._tables.key != key:
             self._fill(key)
         self._regions = self._tables.regions
@@ -262,26 +297,32 @@ class DeviceStaging:
     @cached_property
     def _kept_buckets(self) -> dict[object, BatchedCopy]:
         tables, manifest = self._tables, self._manifest
-        of = (self._plan, manifest.bucket_bytes, [tensor.data_ptr() for tensor in self._staged.values()])
+        of = (self._plan, manifest.bucket_bytes, self._where)
         most = 4 * (manifest.nbytes // manifest.bucket_bytes + 1)  # where buckets do not come to the same places again
         if tables.buckets_of != of or len(tables.buckets) > most:
             tables.buckets_of, tables.buckets = of, {}
         return tables.buckets
 
-    def _size(self, names: Sequence[str]) -> int:
-        return sum(_aligned(self._live[name][0].nbytes) for name in names)
+    @property
+    def _where(self) -> object:
+        """Where what is staged is, for comparison with what was made ready for."""
+        if isinstance(self._staged, _Memory):
+            return self._staged.where
+        return [(name, tensor.data_ptr()) for name, tensor in self._staged.items()]
+
+    def _layout(self, names: Sequence[str]) -> Layout:
+        tables = self._tables
+        if tables.layouts_of is not self._plan:
+            tables.layouts_of, tables.layouts = self._plan, {}
+        if names not in tables.layouts:
+            sizes = [-(-self._live[name][0].nbytes // _ALIGNMENT) * _ALIGNMENT for name in names]
+            begins = itertools.accumulate(sizes, initial=0)
+            tables.layouts[names] = Layout(sum(sizes), dict(zip(names, begins, strict=False)))
+        return tables.layouts[names]
 
     def _allocate(self) -> None:
-        # In one piece, which the allocator then finds in the same place at the next update.
-        if self._staged:
-            return
-        memory = torch.empty(self._size(self._own), dtype=torch.uint8, device=self._device)
-        offset = 0
-        for name in self._own:
-            live = self._live[name][0]
-            run = memory[offset : offset + live.nbytes]
-            self._staged[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
-            offset += _aligned(live.nbytes)
+        if not self._staged:
+            self._staged = _Memory(self._layout(self._own), self._live, self._device)
 
     def _allocated(self, name: str) -> torch.Tensor:
         self._allocate()
@@ -331,10 +372,6 @@ class DeviceStaging:
         tables.live, tables.live_of = table_of(live, self._device)
         tables.parts, tables.parts_of = table_of(parts, self._device)
         tables.key = key
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def warm_up(device: torch.device) -> None:
