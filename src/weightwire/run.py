@@ -101,7 +101,6 @@ class Run:
         self._beginning: Started[Begun] = {}
         self._senders: list[Sender] = []
         self._lent = contextlib.ExitStack()
-        self._addresses: dict[str, str] = {}
         self._ahead: list[torch.Tensor] = []
         self._ahead_scans: list[Scan | Pending] = []
         self._told: dict[str, str | None] = {}
@@ -313,11 +312,10 @@ class Run:
     # -- the steps, on rank 0 --------------------------------------------------------------------------------------
 
     def _begin(self, draft: Manifest) -> Manifest:
+        lent: dict[str, str] = {}
         for name, way in self._ways.items():
             if isinstance(way, Lender):
-                self._addresses[name] = self._lent.enter_context(way.lend(self._reading.whole))
-            elif way.address is not None:
-                self._addresses[name] = way.address
+                lent[name] = self._lent.enter_context(way.lend(self._reading.whole))
         senders = {name: way for name, way in self._ways.items() if not isinstance(way, Lender)}
         limits = [limit for way in senders.values() if (limit := way.bucket_limit(draft.nbytes)) is not None]
         wanted = self._means.bucket_bytes or min((w.bucket_bytes for w in senders.values()), default=_LENT_BUCKET_BYTES)
@@ -337,22 +335,19 @@ class Run:
                 timeout=self._fleet.left(),
             )
 
-        # Of those that are behind, the turn comes after the others'.
-        self._told = {
-            name: None if name in behind else self._addresses.get(choice.name) for name, choice in self._choices.items()
-        }
+        # Engines are told where to look as they begin; of those that are behind, the turn comes after the others'.
+        ahead = [engine for engine in self._fleet.engines if engine.name not in behind]
+        self._told = {engine.name: None for engine in self._fleet.engines}
+        self._told |= {engine.name: lent.get(self._choices[engine.name].name) for engine in ahead}
+        self._offer(manifest, ahead)
         self._beginning = self._fleet.start("begin", begin)
         self._scan_ahead()
-        if not self._sends_early(senders):
-            self._await_begun()
-        self._offer(manifest, [engine for engine in self._fleet.engines if engine.name not in behind])
-        return manifest
-
-    def _sends_early(self, senders: Mapping[str, Transport]) -> bool:
-        """Whether the first buckets can be filled while engines begin: all know where to look for them. Not where a
-        baseline takes them along, which is to stay as it is if an engine refuses."""
+        # The first buckets can be filled while engines begin, if all know where to look for them. Not where a baseline
+        # takes them along, which is to stay as it is if an engine refuses.
         taken_along = self._baseline is not None and not self.of_deltas
-        return self._ranks is None and not taken_along and all(way.address is not None for way in senders.values())
+        if self._ranks is not None or taken_along or any(self._told[engine.name] is None for engine in ahead):
+            self._await_begun()
+        return manifest
 
     def _await_begun(self) -> None:
         for name, begun in results(self._beginning).items():
@@ -387,7 +382,9 @@ class Run:
         for engine, address in zip(engines, sender.addresses, strict=True):
             if address is not None and buckets:  # nobody comes for nothing
                 self._unasked.append(functools.partial(self._fetch, engine, address))
-        if any(self._told[engine.name] != address for engine, address in zip(engines, sender.addresses, strict=True)):
+                if not self._beginning:
+                    self._told[engine.name] = address
+        if self._beginning:
             self._ask()
 
     def _link(self, engine: Engine) -> Link:
@@ -526,8 +523,9 @@ class Run:
     def _why(self, error: WeightwireError, seconds: float) -> WeightwireError:
         """What an engine says of a failure while it staged, if it says so by then; first of all one that was lost,
         which may be why others failed."""
+        began = [job.result() for job in wait(self._beginning.values(), seconds).done]
         self._ask()
-        found = [stage.exception() for stage in wait(self._stages, seconds).done]
+        found = [*began, *(stage.exception() for stage in wait(self._stages, seconds).done)]
         errors = [each for each in found if isinstance(each, WeightwireError) and not isinstance(each, UpdateNotFound)]
         lost = [each for each in errors if isinstance(each, EngineLost)]
         return next(iter([*lost, *errors, error]))

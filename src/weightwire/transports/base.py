@@ -87,8 +87,6 @@ class Transport(Protocol):
     name: str
     bucket_bytes: int
     """How large a bucket suits it best."""
-    address: str | None
-    """What a sender's addresses will be, where that is known before it is made: engines look there from the start."""
 
     def offer(self, host: str) -> AbstractContextManager[str]:
         """An address for an engine on `host` to try, while the context lasts. Entering it raises `TransportError`
@@ -98,7 +96,8 @@ class Transport(Protocol):
         """Bytes a bucket of an update of `nbytes` may have here at most, if that is limited."""
 
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
-        """Begin to send. `lease` is how many seconds a silent peer is waited for."""
+        """Begin to send, before engines have begun: they are told its addresses as they do, and look there from then
+        on. `lease` is how many seconds a silent peer is waited for."""
 
     def close(self) -> None:
         """Withdraw what `offer` put up."""

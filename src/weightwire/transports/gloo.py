@@ -40,7 +40,6 @@ class Gloo:
 
     name = "gloo"
     bucket_bytes = BUCKET_BYTES
-    address: str | None = None
 
     def __init__(self) -> None:
         self._meeting = Meeting(self.name)
@@ -83,6 +82,9 @@ class _Sender:
     def send(self, bucket: Bucket) -> None:
         with as_transport_error("gloo", "sending"):
             if self._group is None:
+                # Nothing ends the making of a group whose other ranks do not come: one may not even have begun.
+                others = [_here(self._key, rank) for rank in range(1, self._world)]
+                self._wait(lambda: bool(self._store.check(others)), "every rank to join the group")
                 self._store.set(_begun(self._key), "")
                 self._group = _group(self._store, self._key, 0, self._world, self._host, self._lease)
             work = self._group.broadcast([self._buffers[bucket.index % 2][: bucket.nbytes]], FROM_TRAINER)
@@ -115,6 +117,7 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
     buffer = torch.empty(max((b.nbytes for b in arrivals.buckets), default=0), dtype=torch.uint8)
     with as_transport_error("gloo", "receiving"):
         store = connect("gloo", place, arrivals.lease)
+        store.set(_here(place.key, place.first + arrivals.rank), "")
         # While a group is being made nothing can be heard of an abort: not begun before the trainer is there.
         wait_until(lambda: bool(store.check([_begun(place.key)])), arrivals)
         group = _group(
@@ -126,6 +129,10 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
             data = buffer[: bucket.nbytes]
             group.broadcast([data], FROM_TRAINER).wait(timedelta(seconds=arrivals.lease))
             yield bucket.index, data
+
+
+def _here(key: str, rank: int) -> str:
+    return f"{key}/here/{rank}"
 
 
 def _begun(key: str) -> str:

@@ -22,7 +22,6 @@ class Http:
 
     name = "http"
     bucket_bytes = BUCKET_BYTES
-    address: str | None = None
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:

@@ -48,7 +48,6 @@ class Nccl:
 
     name = "nccl"
     bucket_bytes = 256 << 20
-    address: str | None = None
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights

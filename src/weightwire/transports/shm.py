@@ -41,7 +41,6 @@ class Shm:
 
     name = "shm"
     bucket_bytes = BUCKET_BYTES
-    address: str | None = _ADDRESS
 
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
