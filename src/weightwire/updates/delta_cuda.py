@@ -325,7 +325,8 @@ def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
             starts = before[parts.bounds[:-1].clamp(max=total - 1)]
             rice_cuda.read[(-(-total // rice_cuda.LANES),)](
                 table, parts.of, parts.number, counts, counts.cumsum(0) - counts, words, before - starts[parts.of],
-                keys, steps, wrong, total, FIELDS=lines.shape[1], LANES=rice_cuda.LANES, num_warps=1,
+                keys, steps, wrong, total, FIELDS=lines.shape[1], LANES=rice_cuda.LANES,
+                TILE=rice_cuda.TILE, num_warps=1,
             )  # fmt: skip
     if wrong.any():
         block = int(wrong.argmax())

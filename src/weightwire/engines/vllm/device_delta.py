@@ -59,30 +59,26 @@ class DeviceDelta(ArrivingDelta):
         self._regions = self._places.regions
         super().__init__(manifest, device)
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
-        self._scanning: Sequence[Pending] | None = None
-        # The tables come to the device on this thread's stream, and are used on another.
-        self._ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        # What is live is read while bytes are on their way, beside them: on the stream that receives, what arrives
+        # would wait for it. The tables come to the device on this thread's stream.
+        self._beside = _beside(device)
+        if self._beside is not None:
+            self._beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self._beside):
+            self._scanning = scanned(self._places.lines)
         self._patches: Patches | None = None
         self._expected: list[Digest] = []
         self.after: Sequence[Digest] = ()
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
         self._allocate()
-        if self._scanning is None:
-            self._wait_until_ready()
-            self._scanning = scanned(self._places.lines)  # what is live is read while bytes are on their way
         copy_pieces(bucket, data, self._bytes, fill=False)
-
-    def _wait_until_ready(self) -> None:
-        if self._ready is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._ready)
 
     def copy_all(self, room: int) -> bool:
         return False  # an engine that is lent the trainer's memory is sent no deltas
 
     def seal(self, scans: Sequence[Scan]) -> None:
         self._allocate()
-        self._wait_until_ready()
         names = [spec.name for spec in self._specs]
         deltas = parse_all(names, self._bytes, scans)
         self._check_bases(deltas)
@@ -91,6 +87,7 @@ class DeviceDelta(ArrivingDelta):
         _warm_up(self._device)
         changes = decode_all(names, deltas)
         self._bytes.clear()
+        self._check_live()
         self._patches = Patches(changes, self._places.sites)
         self._check_results(deltas, totals(self._patches.look(), self._places.sites_of, len(self._regions)))
         self.after = [delta.after for delta in deltas]
@@ -119,6 +116,8 @@ class DeviceDelta(ArrivingDelta):
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
+        if self._beside is not None:
+            self._beside.synchronize()  # it reads tables that may go now
         self._bytes.clear()
         self._patches = None
 
@@ -136,6 +135,11 @@ class DeviceDelta(ArrivingDelta):
                     f" {held.hex()}",
                     next_step="Send the tensor dense, or the delta from what is here.",
                 )
+
+    def _check_live(self) -> None:
+        """Also has the current stream wait for the tables."""
+        if self._beside is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._beside)
         if wrong := self._unlike(self._before.regions, self._scanning):
             raise VersionError(
                 f"{len(wrong)} live parameters are not what was committed last: {', '.join(wrong[:5])}",
@@ -218,6 +222,12 @@ def _refuse(regions: Sequence[Region], plan: Plan) -> None:
                 f"several tensors are one in {parameter}, and only one delta could be written there",
                 next_step="Tie them in the trainer, or publish with kind='dense'.",
             )
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream | None:
+    """One for all updates: torch keeps memory apart for each stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 @functools.cache
