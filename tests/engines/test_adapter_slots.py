@@ -52,3 +52,19 @@ def test_modules_whose_memory_has_moved_are_looked_up_again() -> None:
     assert slot.is_there(modules)
     modules["experts"].w2_lora_a_stacked = (torch.zeros(3, 2, 2, 6),)
     assert not slot.is_there(modules)
+
+
+def test_a_slot_is_compared_with_what_it_was_to_hold_wherever_that_is() -> None:
+    slot = _Slot({"qkv": linear()}, 1)
+    places = slot.places["qkv"]
+    for place in places:
+        place.normal_()
+    expected = [place.clone() for place in places]
+    assert slot.is_as(expected) == (True, slot.joined.scan())
+    expected[2][0, 0] += 1  # in the same place as before
+    assert not slot.is_as(expected)[0]
+    assert slot.is_as([place.clone() for place in places])[0]
+    turned = [place.t().contiguous().t() for place in places]
+    assert slot.is_as(turned)[0]
+    turned[0].zero_()  # these are copied each time
+    assert not slot.is_as(turned)[0]

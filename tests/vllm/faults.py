@@ -68,9 +68,11 @@ class FaultyWorker(WorkerExtension):
         return int(self._store().loads.get(f"weightwire:{label}", 0))
 
     def adapters_held(self) -> list[int]:
-        """How many revisions are held here, and how many of ours are in vLLM's own cache."""
+        """How many revisions are held here, how many of ours are in vLLM's own cache, and whether the next one's model
+        is made by the pattern of the first."""
         store = self._store()
-        return [len(store._sent), sum(id >= 1 << 20 for id in store._manager.list_adapters())]
+        cached = sum(id >= 1 << 20 for id in store._manager.list_adapters())
+        return [len(store._sent), cached, int(store._binding[1].template is not None)]
 
     def _store(self) -> Any:
         return self._weightwire_ends.receiver._target.adapters  # type: ignore[attr-defined]

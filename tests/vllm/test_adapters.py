@@ -106,7 +106,8 @@ def test_a_hundred_versions_neither_drift_nor_take_memory(found: dict[str, Any])
     for tenth, last in zip(*results["memory"].values(), strict=True):
         assert last < tenth * 1.02, (tenth, last)
     names = [each["name"] for (listed,) in [results["listed"]] for each in listed]
-    for held, cached in results["held"]:
+    for held, cached, patterned in results["held"]:
+        assert patterned == 1
         # Three that can be had of each name, and one that was retired by the last.
         assert held <= 4 * len(names)
         assert cached <= 4  # `max_cpu_loras`

@@ -32,7 +32,7 @@ def alike(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
         one, other = (torch.cat([each.reshape(-1) for each in side]).view(torch.uint8) for side in (ones, others))
         return torch.equal(one, other)
     # Held until they are compared: some may be copies.
-    flat = [[each.detach().contiguous() for each in side] for side in (ones, others)]
+    flat = [[each if each.is_contiguous() else each.detach().contiguous() for each in side] for side in (ones, others)]
     lines = [(one.data_ptr(), other.data_ptr(), one.nbytes) for one, other in zip(*flat, strict=True)]
     return not lines or not _differ(np.array(lines, np.int64))
 

@@ -18,6 +18,7 @@ import torch
 from weightwire.engines.adapter_delta import AdapterDelta
 from weightwire.engines.staged_adapter import StagedAdapter
 from weightwire.engines.vllm.adapter_memory import AdapterMemory, SpareMemory, is_a
+from weightwire.engines.vllm.adapter_template import AdapterTemplate
 from weightwire.engines.vllm.compat import rename_mapper, supports
 from weightwire.errors import (
     EngineError,
@@ -32,7 +33,7 @@ from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
 from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
-from weightwire.updates.digest import Joined, Scan, all_finite, settle
+from weightwire.updates.digest import Joined, Pending, Scan, all_finite, settle
 from weightwire.updates.manifest import Manifest, dtype_name
 from weightwire.updates.receipt import Proof
 
@@ -227,6 +228,8 @@ class _Binding:
         }
         self.modules: dict[str, Any] = {}
         self._slots: dict[int, _Slot] = {}
+        self.template: AdapterTemplate | None = None
+        """Of vLLM's model of such an adapter, once there was one."""
 
     def check(self, manifest: Manifest) -> None:
         """Find the live module of each tensor, and compare the shapes. vLLM itself passes over a module that it does
@@ -283,10 +286,11 @@ class _Binding:
         filled = {number: self._slot(number) for number in set(slots.values())}
         for name, matrices in given.items():
             for place, part in zip(filled[slots[name]].places[name], matrices, strict=True):
-                if part is None or part.shape != place.shape[1:]:
+                smaller = part is None or part.shape != place.shape
+                if smaller:
                     place.zero_()  # of what the adapter before has left beside a smaller one
                 if part is not None:
-                    places.append(place[0, : part.shape[0], : part.shape[1]])
+                    places.append(place[: part.shape[0], : part.shape[1]] if smaller else place)
                     parts.append(part)
         torch._foreach_copy_(places, parts)
 
@@ -315,13 +319,18 @@ class _Binding:
                 expected += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
         # Without what fills a slot up, and with what could not be compared.
         whole = len(held) == len(places) == of_slot.matrices and _numel(held) == of_slot.numel
-        scan = (of_slot.joined if whole else Joined(held)).scan
-        # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
-        scanning = None if any(each.is_cuda for each in held) else beside.submit(scan)
-        if not alike(places, expected):
+        if whole and held[0].is_cuda:
+            same, scan = of_slot.is_as(expected)
+        else:
+            joined = of_slot.joined if whole else Joined(held)
+            # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
+            scanning = None if any(each.is_cuda for each in held) else beside.submit(_scan_of, joined, held)
+            same = alike(places, expected)
+            scan = settle([scanning.result() if scanning else joined.scan()])[0]
+        if not same:
             wrong = next(n for n, parts in given.items() if not _holds(of_slot.places[n], parts))
             raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
-        return proof, settle([scanning.result() if scanning else scan()])[0].digest.hex()
+        return proof, scan.digest.hex()
 
 
 def _plain_setters() -> tuple[Any, ...]:
@@ -376,7 +385,12 @@ class _Staged(StagedAdapter):
         """vLLM's model of matrices that are still to be filled."""
         # Of tensors of its own, so that it is seen for how long vLLM keeps them (`AdapterMemory.fits`).
         own = {name: tensor.detach() for name, tensor in given.items()}
-        return build(self._binding.manager, self._revision.id, own, self._binding.helper)
+        binding = self._binding
+        if binding.template is not None:
+            return binding.template.build(self._revision.id, own)
+        built = build(binding.manager, self._revision.id, own, binding.helper)
+        binding.template = AdapterTemplate.of(built, own)
+        return built
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._put([(tensor, start, data)])
@@ -390,7 +404,7 @@ class _Staged(StagedAdapter):
         if runs:
             memory = self._early.result()
             memory.wait_until_free()
-            places = [memory.rows[number][start : start + data.numel()] for number, start, data in runs]
+            places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
             torch._foreach_copy_(places, [data for _, _, data in runs])
 
     def copy_all(self, room: int) -> bool:
@@ -510,10 +524,26 @@ class _Slot:
     """Where live modules hold the revision of one slot, by their names: every A, then every B."""
 
     def __init__(self, modules: Mapping[str, Any], number: int) -> None:
-        self.places = {n: [stack[number] for stack in _stacks_of(module)] for n, module in modules.items()}
+        self.places = {
+            name: [matrices[0] if len(matrices := stack[number]) == 1 else matrices for stack in _stacks_of(module)]
+            for name, module in modules.items()
+        }
         self._addresses = _addresses(modules)
         every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
+        self._expected: tuple[list[int], Joined] | None = None
+
+    def is_as(self, expected: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
+        """Whether all of it, on a GPU, is as these together, and a scan of it. They mostly are where those before
+        were."""
+        addresses = [each.data_ptr() for each in expected]
+        if self._expected is None or self._expected[0] != addresses:
+            joined = Joined(expected)
+            self._expected = None if joined.of_copies else (addresses, joined)
+        else:
+            joined = self._expected[1]
+        here, there = settle([self.joined.scan(), joined.scan()])
+        return here == there, here
 
     def is_there(self, modules: Mapping[str, Any]) -> bool:
         """Whether the modules hold it still where they did."""
@@ -552,12 +582,21 @@ def _is_made_of(built: Any, given: dict[str, torch.Tensor]) -> bool:
 
 def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
     """A whole place of a slot as it must look: `part` in its corner, and nothing beside it."""
-    if part is not None and part.shape == place.shape[1:]:
+    if part is not None and part.shape == place.shape:
         return part
-    whole = torch.zeros(place.shape[1:], dtype=place.dtype, device=place.device)
+    whole = torch.zeros_like(place)
     if part is not None:
         whole[: part.shape[0], : part.shape[1]] = part
     return whole
+
+
+def _scan_of(joined: Joined, tensors: Sequence[torch.Tensor]) -> Scan | Pending:
+    """Of these, which it holds for as long as that takes."""
+    return joined.scan()
+
+
+def _run(row: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    return row if count == row.numel() else row[start : start + count]
 
 
 def _numel(tensors: Sequence[torch.Tensor]) -> int:
