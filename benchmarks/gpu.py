@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,7 @@ SERVE = ["--max-model-len", "1024", "--gpu-memory-utilization", "0.4"]
 IDLE = ["--enforce-eager", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2"]
 # Graphs without torch.compile, which takes minutes the first time.
 LOADED = ["--max-num-seqs", "64", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
-REQUESTS, EVERY, SECONDS = 48, 2.0, 20.0
+REQUESTS, EVERY, SECONDS = 48, 2.0, 10.0
 
 
 def weights(device: torch.device) -> dict[str, torch.Tensor]:
@@ -240,16 +241,18 @@ def load(updates: int) -> dict[str, Any]:
         client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
         over = threading.Event()
 
-        def generate() -> None:
-            body = {"model": "model", "prompt": "hello", "max_tokens": 1000, "ignore_eos": True, "temperature": 1.0}
+        def generate(number: int) -> None:
+            lengths = random.Random(number)  # of all alike, all would be long at the same time
+            body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0}
             while not over.is_set():
-                client.post("/v1/completions", json=body).raise_for_status()
+                said = client.post("/v1/completions", json={**body, "max_tokens": lengths.randint(200, 1000)})
+                said.raise_for_status()
 
         def tokens() -> float:
             lines = client.get("/metrics").text.splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
-        requests = [threading.Thread(target=generate, daemon=True) for _ in range(REQUESTS)]
+        requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS)]
         found: dict[str, Any] = {"none": [], "False": [], "running": []}
         version = 0
         with ww.connect(f"unix:{socket}") as engines:
@@ -259,7 +262,7 @@ def load(updates: int) -> dict[str, Any]:
                 for request in requests:
                     request.start()
                 time.sleep(10)
-                for keep_cache in [None, "running", None, False] * max(updates // 10, 2):
+                for keep_cache in [None, "running", None, "running", None, False] * max(updates // 6, 2):
                     started, before = time.perf_counter(), tokens()
                     if keep_cache is None:
                         time.sleep(SECONDS)

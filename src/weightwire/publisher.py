@@ -47,8 +47,8 @@ class Publisher:
     that is not given, beside the base model.
 
     `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
-    bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and 256 MiB over NCCL. An engine
-    that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
+    bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and over NCCL three of 160 MiB. An
+    engine that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
 
     `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas;
     `"device"` keeps it on the parameters' GPU, where the deltas are made; not of an adapter.

@@ -1,7 +1,7 @@
 """The transport port: how buckets get from a trainer to the ranks of its engines.
 
 The trainer's half is a `Transport`, which makes one `Sender` for a publish; the workers' half is two plain functions
-in the same file, `fetch` and `probe`, found by the scheme of an address. A sender owns at most two buckets of memory,
+in the same file, `fetch` and `probe`, found by the scheme of an address. A sender owns at most three buckets of memory,
 or all of a small update.
 """
 

@@ -28,7 +28,7 @@ __all__ = ["Nccl", "fetch", "probe"]
 
 _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
-_AHEAD = 3  # buckets a worker has memory for
+_AHEAD = 3  # buckets that each side has memory for: one is being sent, one waits, one is being filled or emptied
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
 
 
@@ -47,7 +47,7 @@ class Nccl:
     """The trainer's half."""
 
     name = "nccl"
-    bucket_bytes = 256 << 20
+    bucket_bytes = 160 << 20
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
@@ -107,11 +107,11 @@ class _Sender:
         self._finished = False
 
     def buffer(self, bucket: Bucket) -> torch.Tensor:
-        slot = bucket.index % 2
+        slot = bucket.index % _AHEAD
         if slot == len(self._buffers):
             self._buffers.append(torch.empty(self._nbytes, dtype=torch.uint8, device=self._owner._device))
-        elif bucket.index >= 2:
-            self._finish(bucket.index - 2)
+        elif bucket.index >= _AHEAD:
+            self._finish(bucket.index - _AHEAD)
         return self._buffers[slot][: bucket.nbytes]
 
     def send(self, bucket: Bucket) -> None:
@@ -120,7 +120,7 @@ class _Sender:
                 group = make_group(self._store, self._key, 0, self._world, self._wait)
                 self._owner._group = _Group(self._key, self._members, group)
             group = self._owner._group.group
-            self._sent.append(group.broadcast([self._buffers[bucket.index % 2][: bucket.nbytes]], FROM_TRAINER))
+            self._sent.append(group.broadcast([self._buffers[bucket.index % _AHEAD][: bucket.nbytes]], FROM_TRAINER))
 
     def finish(self) -> None:
         for index in range(len(self._sent)):
