@@ -47,7 +47,7 @@ class Publisher:
     that is not given, beside the base model.
 
     `transport` asks for one by name; else each engine gets the first that works (`explain()` says why). `bucket_bytes`
-    bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and over NCCL three of 160 MiB. An
+    bounds the trainer's extra memory: at most two buckets; by itself it is 64 MiB, and over NCCL three of 256 MiB. An
     engine that hears nothing for `lease` seconds forgets the update. A publish takes at most `deadline` seconds.
 
     `baseline="host"` keeps a copy of what was published last in this process's memory, so that updates can be deltas;

@@ -248,6 +248,8 @@ class Run:
             wait([self._fleet.submit(functools.partial(self._abort, engine)) for engine in taken])
         self._fleet.close()
         self._source.release()
+        # These lead back here: with them all that was sent would stay until the garbage collector comes by.
+        self._unasked.clear()
 
     def _decide(self, *, whole: bool, finite: bool) -> None:
         """Find out whether deltas are sent."""

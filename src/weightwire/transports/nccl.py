@@ -47,7 +47,7 @@ class Nccl:
     """The trainer's half."""
 
     name = "nccl"
-    bucket_bytes = 160 << 20
+    bucket_bytes = 256 << 20
 
     def __init__(self, weights: Weights) -> None:
         self._weights = weights
