@@ -260,16 +260,20 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
 
 class Joined:
     """Tensors of one dtype on one device, scanned as if they lay end to end, as often as one likes: which is less work
-    the second time. They must stay where they are; only what is not contiguous is copied, and what it was is scanned.
+    the second time, as long as they stay where they are. What is not contiguous is copied, and scanned as it was. With
+    `hold=False` somebody else has to hold the others for as long as that goes on.
 
     >>> joined = Joined([torch.ones(2, 2), torch.zeros(3)])
     >>> joined.scan() == scan(torch.tensor([1.0, 1, 1, 1, 0, 0, 0]))
     True
     """
 
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], *, hold: bool = True) -> None:
         held = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in tensors]
-        self._copies = [copy for copy, tensor in zip(held, tensors, strict=True) if copy is not tensor]
+        copies = [copy for copy, tensor in zip(held, tensors, strict=True) if copy is not tensor]
+        self.of_copies = bool(copies)
+        """Whether it has copied any."""
+        self._held = held if hold else copies
         starts = itertools.accumulate((run.numel() for run in held), initial=0)
         runs = [(run, start) for run, start in zip(held, starts, strict=False) if run.numel()]
         self._on_gpu = any(run.device.type == "cuda" for run, _ in runs)
@@ -280,11 +284,6 @@ class Joined:
             self._table: Any = digest_cuda.table(lines, runs[0][0].device)
         else:
             self._table = _table([(run.data_ptr(), run.numel(), start, run.dtype, 0) for run, start in runs])
-
-    @property
-    def of_copies(self) -> bool:
-        """Whether it has copied any."""
-        return bool(self._copies)
 
     def scan(self) -> Scan | Pending:
         """What they hold now; where that is a GPU, queued on its current stream."""

@@ -33,7 +33,7 @@ from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
 from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
-from weightwire.updates.digest import Joined, Pending, Scan, all_finite, settle
+from weightwire.updates.digest import Joined, Scan, all_finite, settle
 from weightwire.updates.manifest import Manifest, dtype_name
 from weightwire.updates.receipt import Proof
 
@@ -324,7 +324,7 @@ class _Binding:
         else:
             joined = of_slot.joined if whole else Joined(held)
             # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
-            scanning = None if any(each.is_cuda for each in held) else beside.submit(_scan_of, joined, held)
+            scanning = None if any(each.is_cuda for each in held) else beside.submit(joined.scan)
             same = alike(places, expected)
             scan = settle([scanning.result() if scanning else joined.scan()])[0]
         if not same:
@@ -538,7 +538,7 @@ class _Slot:
         were."""
         addresses = [each.data_ptr() for each in expected]
         if self._expected is None or self._expected[0] != addresses:
-            joined = Joined(expected)
+            joined = Joined(expected, hold=False)  # who wants the memory next sees whether others hold it
             self._expected = None if joined.of_copies else (addresses, joined)
         else:
             joined = self._expected[1]
@@ -588,11 +588,6 @@ def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
     if part is not None:
         whole[: part.shape[0], : part.shape[1]] = part
     return whole
-
-
-def _scan_of(joined: Joined, tensors: Sequence[torch.Tensor]) -> Scan | Pending:
-    """Of these, which it holds for as long as that takes."""
-    return joined.scan()
 
 
 def _run(row: torch.Tensor, start: int, count: int) -> torch.Tensor:
