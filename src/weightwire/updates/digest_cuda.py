@@ -95,6 +95,21 @@ def lines_of(address: int, box: Box, strides: Sequence[int], full: Sequence[int]
     ]
 
 
+def _run_lines(runs: Sequence[tuple[int, int, int, torch.dtype]]) -> npt.NDArray[np.int64]:
+    """`line_of` each of many, as the table that they make.
+
+    >>> runs = [(4096, 3, 5, torch.bfloat16), (8192, 0, 2, torch.float32)]
+    >>> _run_lines(runs).tolist() == [[*line_of(*run)] for run in runs]
+    True
+    """
+    address, start, count = np.array([run[:3] for run in runs], np.int64).reshape(-1, 3).T
+    dtypes = [run[3] for run in runs]
+    known = {dtype: (dtype.itemsize, *word_facts(dtype)) for dtype in set(dtypes)}
+    itemsize, *facts = np.array([known[dtype] for dtype in dtypes], np.int64).reshape(-1, 4).T
+    width = count * itemsize
+    return np.stack([address, np.ones_like(width), width, width, start * itemsize, width, *facts], axis=1)
+
+
 def byte_lines(addresses: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """`line_of` each of many runs of bytes, from their first one on, as the table that they make.
 
@@ -211,7 +226,7 @@ def scan_again(runs: Sequence[tuple[int, int, int, torch.dtype]], device: torch.
     """Scan runs of elements (`line_of`'s arguments) that were mostly scanned before: what an update scans is where it
     was at the last one, and tables of the last few hundred launches are kept."""
     key = (*runs, device)
-    ready = _tables.pop(key, None) or table([line_of(*run) for run in runs], device)
+    ready = _tables.pop(key, None) or table(_run_lines(runs), device)
     _tables[key] = ready
     while len(_tables) > _KEPT_TABLES:
         del _tables[next(iter(_tables))]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -43,6 +44,7 @@ logger = logging.getLogger("vllm.weightwire.adapters")
 
 _SCHEME = "weightwire:"
 _LOAD_SECONDS = 60.0
+_ANSWER_SECONDS = 0.003  # in which the commit is answered: hundreds of tensors keep the interpreter from that
 
 
 def path_of(revision: Revision) -> str:
@@ -451,6 +453,7 @@ class _Staged(StagedAdapter):
         on_host, loras, self._on_host = self._on_host, self._loras, _OnHost([])
 
         def move() -> tuple[dict[str, torch.Tensor], Any]:
+            time.sleep(_ANSWER_SECONDS)
             on_host.wait()
             sent = {name: on_host.of(tensor) for name, tensor in memory.sent.items()}
             for lora in loras.values():  # what vLLM caches is for host memory, too
