@@ -27,7 +27,7 @@ from weightwire.updates.delta import (
     opened,
     unit_costs,
 )
-from weightwire.updates.digest import Digest, Scan, scan_runs, word_facts
+from weightwire.updates.digest import Digest, Scan, scan_rows, word_facts
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
@@ -277,17 +277,12 @@ def parse_all(names: Sequence[str], data: Sequence[torch.Tensor], scans: Sequenc
     with torch.cuda.device(device if device.type == "cuda" else -1):
         rice_cuda.read_ends[(len(data),)](sent(runs, device), table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
     ends = table.cpu()
-    starts = [max(nbytes - SEAL_BYTES, 0) for nbytes in runs[:, 1].tolist()]
-    seals = scan_runs(ends.view(-1), [
-        (row * ends.shape[1] + HEAD_BYTES, SEAL_BYTES, start, torch.uint8) for row, start in enumerate(starts)
-    ])  # fmt: skip
-    said = ends[:, HEAD_BYTES:].contiguous().view(torch.int64).numpy().view(np.uint64).tolist()
-    return [
-        opened(name, raw, head, scan.digest - seal.digest == tuple(digest))
-        for name, raw, head, scan, seal, digest in zip(
-            names, data, map(bytes, ends[:, :HEAD_BYTES].numpy()), scans, seals, said, strict=True
-        )
-    ]
+    seals = ends[:, HEAD_BYTES:].contiguous()
+    found = np.array([scan.digest for scan in scans], np.uint64)
+    of_seals = scan_rows(seals, np.maximum(runs[:, 1] - SEAL_BYTES, 0))
+    intact = (found - of_seals == seals.numpy().view(np.uint64)).all(axis=1).tolist()
+    heads = map(bytes, ends[:, :HEAD_BYTES].numpy())
+    return [opened(*each) for each in zip(names, data, heads, intact, strict=True)]
 
 
 def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:

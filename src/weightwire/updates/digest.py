@@ -50,6 +50,7 @@ __all__ = [
     "scan_box",
     "scan_parts",
     "scan_places",
+    "scan_rows",
     "scan_runs",
     "scan_runs_any",
     "scan_tensors_any",
@@ -350,6 +351,21 @@ def scan_runs(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtyp
     if any(not 0 <= at <= at + count * dtype.itemsize <= end for at, count, _, dtype in runs):
         raise ValueError(f"a run goes beyond its {end} bytes")
     return _scan_addresses([(base + at, count, start, dtype, 0) for at, count, start, dtype in runs])
+
+
+def scan_rows(rows: torch.Tensor, starts: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """The digest (low, high) of each row of bytes, contiguous on the CPU, of which the first is byte `starts[i]`.
+
+    >>> rows = torch.arange(8, dtype=torch.uint8).view(2, 4)
+    >>> scan_rows(rows, np.array([0, 9])).tolist() == [list(scan(row, at).digest) for row, at in zip(rows, (0, 9))]
+    True
+    """
+    count, width = rows.shape
+    lines = np.zeros((count, 7), np.int64)
+    lines[:, 0] = rows.data_ptr() + np.arange(count) * width
+    lines[:, 1], lines[:, 2] = width, starts
+    lines[:, 4:] = word_facts(torch.uint8)
+    return _sum_runs(lines)[:, :2] if count else np.zeros((0, 2), np.uint64)
 
 
 def _scan_addresses(lines: Sequence[tuple[int, int, int, torch.dtype, int]]) -> list[Scan]:

@@ -123,7 +123,7 @@ class DeviceDelta(ArrivingDelta):
 
     def _check_bases(self, deltas: Sequence[Delta]) -> None:
         for spec, delta, held in zip(self._specs, deltas, self._before.tensors, strict=True):
-            if (delta.start, delta.numel, str(delta.dtype)) != (0, spec.numel, f"torch.{spec.dtype}"):
+            if (delta.start, delta.numel, delta.dtype) != (0, spec.numel, getattr(torch, spec.dtype)):
                 raise ShapeMismatch(
                     f"{spec.name!r}: the delta is of {delta.numel} elements of {delta.dtype} from {delta.start} on, not"
                     f" of {spec.numel} of {spec.dtype}",
