@@ -34,7 +34,7 @@ from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
-from weightwire.transports import Choice, Lender, Link, Sender, Transport
+from weightwire.transports import Choice, Lender, Link, Pushes, Sender, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
@@ -48,6 +48,8 @@ __all__ = ["Means", "Run"]
 _PHASES = ("begin", "stage", "seal", "commit")
 _ABORT_SECONDS = 5.0
 _PATIENCE_SECONDS = 0.2
+_HEAD_START_SECONDS = 0.001
+_PUSH_SECONDS = 0.0002
 _WHY_SECONDS = 2.0  # how long engines are heard about why sending has failed; that a worker died is seen in half a one
 _LENT_BUCKET_BYTES = 256 << 20  # where an engine copies what another GPU lends
 
@@ -161,7 +163,7 @@ class Run:
         alone = self._ranks is None and len(self._fleet.engines) == 1  # then it waits for nobody, and is asked once
         if not (alone and self._fetches_by_itself):
             together.on_leader(self._finish)
-        together.on_leader(self._await_begun)
+        together.on_leader(self._push_until_begun)
         marks.append(time.perf_counter())
         digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
         if not alone:
@@ -349,7 +351,20 @@ class Run:
         taken_along = self._baseline is not None and not self.of_deltas
         if self._ranks is not None or taken_along or any(self._told[engine.name] is None for engine in ahead):
             self._await_begun()
+        else:
+            # Whoever asks them has the interpreter until it has asked: filling buckets would keep it from that for
+            # longer than to fill them takes.
+            wait(self._beginning.values(), _HEAD_START_SECONDS)
         return manifest
+
+    def _push_until_begun(self) -> None:
+        """Readers come while engines still begin; what is ready for them goes out meanwhile."""
+        pushing = [sender for sender in self._senders if isinstance(sender, Pushes)]
+        while pushing and not all(job.done() for job in self._beginning.values()):
+            with self._sending():
+                pushing = [sender for sender in pushing if not sender.push()]
+            wait(self._beginning.values(), _PUSH_SECONDS)
+        self._await_begun()
 
     def _await_begun(self) -> None:
         for name, begun in results(self._beginning).items():

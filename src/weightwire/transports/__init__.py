@@ -15,7 +15,7 @@ import torch
 from weightwire.errors import TransportError, UsageError, WeightwireError
 from weightwire.receiver import Arrivals, Lent
 from weightwire.transports import cuda_ipc, gloo, http, nccl, shm
-from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Sender, Transport, Wait, Weights
+from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Pushes, Sender, Transport, Wait, Weights
 
 __all__ = [
     "BUCKET_BYTES",
@@ -23,6 +23,7 @@ __all__ = [
     "Choice",
     "Lender",
     "Link",
+    "Pushes",
     "Sender",
     "Transport",
     "Wait",

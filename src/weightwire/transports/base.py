@@ -16,7 +16,7 @@ import torch
 
 from weightwire.updates.buckets import Bucket
 
-__all__ = ["BUCKET_BYTES", "Lender", "Link", "Sender", "Transport", "Wait", "Weights"]
+__all__ = ["BUCKET_BYTES", "Lender", "Link", "Pushes", "Sender", "Transport", "Wait", "Weights"]
 
 BUCKET_BYTES = 64 << 20
 
@@ -63,6 +63,14 @@ class Sender(Protocol):
 
     def close(self) -> None:
         """Leave nothing behind: no memory, no segment, no connection. Also after a failure, at any point."""
+
+
+@runtime_checkable
+class Pushes(Protocol):
+    """A `Sender` whose bytes go out only while it is called."""
+
+    def push(self) -> bool:
+        """Send what can be sent without waiting; whether every reader has come and has all that is filled."""
 
 
 @runtime_checkable

@@ -66,10 +66,18 @@ class SocketSender:
         return self._memory[start : start + bucket.nbytes]
 
     def send(self, bucket: Bucket) -> None:
+        # What readers do not take at once goes out later: there is memory for all of it, and more to be filled.
         self._filled = self._starts[bucket.index] + bucket.nbytes
+        self.push()
+
+    def push(self) -> bool:
+        """As `transports.base.Pushes`."""
         self._accept()
-        if not self._pushed():
-            self._wait(self._pushed, f"bucket {bucket.index} to be read")
+        data = self._memory.numpy().data[: self._filled]
+        for reader in self._readers:
+            if reader.sent < self._filled:
+                self._push(reader, data)
+        return not self._doors and all(reader.sent == self._filled for reader in self._readers)
 
     def finish(self) -> None:
         def read() -> bool:
