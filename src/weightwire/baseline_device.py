@@ -28,7 +28,6 @@ __all__ = ["DeviceBaseline"]
 # changes that are encoded together (`delta_cuda.CHANGES`); more only where one tensor has more than so many.
 _ELEMENTS = 1 << 33
 _SAMPLE = 1024  # elements of each tensor
-_SPARSE = 0.05  # a step that changed less is a guess at what the next one does, good enough not to look before
 
 
 class DeviceBaseline(Baseline):
@@ -42,21 +41,21 @@ class DeviceBaseline(Baseline):
         self._source = source
         self._written = False
         self._sites: tuple[tuple[int, int], Sites] | None = None
-        self._share: float | None = None  # of the elements, that the last step changed
+        self._seen: list[torch.Tensor] | None = None  # the tensors, as found to be looked at before they are encoded
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
     def density(self, read: Read) -> float:
-        if self._share is not None and self._share < _SPARSE:
-            return self._share
         from weightwire.updates.delta_cuda import density  # needs Triton
 
-        return density(self._tensors, self._news(), sample=_SAMPLE)
+        self._seen = self._news()
+        return density(self._tensors, self._seen, sample=_SAMPLE)
 
     def encode(self, read: Read, *, finite: bool) -> list[Delta]:
         from weightwire.updates.delta_cuda import batches, encode_all
 
-        news, deltas = self._news(), []
+        news, deltas = self._seen or self._news(), []
+        self._seen = None
         for first, last in batches([new.numel() for new in news], _ELEMENTS):
             names = [spec.name for spec in self._specs[first:last]]
             starts = [part.start for part in self._parts[first:last]]
@@ -75,7 +74,6 @@ class DeviceBaseline(Baseline):
                         next_step="Publish with kind='dense'.",
                     )
                 deltas.append(delta)
-        self._share = sum(delta.count for delta in deltas) / max(self.numel, 1)
         return deltas
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
@@ -101,7 +99,7 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self._sites = self._share = None
+        self._sites = self._seen = None
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device

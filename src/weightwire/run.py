@@ -252,6 +252,9 @@ class Run:
         self._source.release()
         # These lead back here: with them all that was sent would stay until the garbage collector comes by.
         self._unasked.clear()
+        self._stages.clear()
+        self._beginning, self._commits = {}, {}
+        self._ahead, self._ahead_scans = [], []
 
     def _decide(self, *, whole: bool, finite: bool) -> None:
         """Find out whether deltas are sent."""

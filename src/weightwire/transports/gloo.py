@@ -102,6 +102,8 @@ class _Sender:
     def _finish(self, index: int) -> None:
         work = self._sent[index]
         self._wait(work.is_completed, f"bucket {index} to be broadcast")
+        if not work.is_completed():  # a wait ends with a commit, too, and that one has failed
+            raise TransportError(f"bucket {index} was not taken")
         with as_transport_error("gloo", "sending"):
             work.wait(timedelta(seconds=self._lease))
 
@@ -119,7 +121,11 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
         store = connect("gloo", place, arrivals.lease)
         store.set(_here(place.key, place.first + arrivals.rank), "")
         # While a group is being made nothing can be heard of an abort: not begun before the trainer is there.
-        wait_until(lambda: bool(store.check([_begun(place.key)])), arrivals)
+        try:
+            wait_until(lambda: bool(store.check([_begun(place.key)])), arrivals)
+        except TransportError:
+            store.delete_key(_here(place.key, place.first + arrivals.rank))
+            raise
         group = _group(
             store, place.key, place.first + arrivals.rank, place.world, own_address(place.host), arrivals.lease
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ __all__ = ["Nccl", "fetch", "probe"]
 _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
 _AHEAD = 3  # buckets that each side has memory for: one is being sent, one waits, one is being filled or emptied
+_LAG_SECONDS = 1.0  # by which the trainer may see the end of a broadcast after the engine has committed it
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
 
 
@@ -125,7 +127,11 @@ class _Sender:
     def finish(self) -> None:
         for index in range(len(self._sent)):
             self._finish(index)
-        self._finished = True
+        # A wait ends with a commit, too: one that failed leaves broadcasts that nobody takes, and a group of no use.
+        until = time.monotonic() + _LAG_SECONDS
+        while not (done := all(work.is_completed() for work in self._sent)) and time.monotonic() < until:
+            time.sleep(_LOOK_SECONDS)
+        self._finished = done
 
     def close(self) -> None:
         if not self._finished:

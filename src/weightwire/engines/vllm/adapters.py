@@ -330,7 +330,8 @@ class _Binding:
             same = alike(places, expected)
             scan = settle([scanning.result() if scanning else joined.scan()])[0]
         if not same:
-            wrong = next(n for n, parts in given.items() if not _holds(of_slot.places[n], parts))
+            unlike = (n for n, parts in given.items() if not _holds(of_slot.places[n], parts))
+            wrong = next(unlike, "one of its modules")
             raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
         return proof, scan.digest.hex()
 

@@ -24,7 +24,7 @@ from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
 from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
-from weightwire.updates.digest_cuda import Line, Table, lines_of, scan_lines, table
+from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
 
@@ -380,6 +380,11 @@ def warm_up(device: torch.device) -> None:
         data = torch.zeros(64, dtype=dtype, device=device)
         end = data.data_ptr() + 32 * dtype.itemsize
         BatchedCopy([Move(data.data_ptr(), end, 1, dtype.itemsize, 0, 0)], device).run()
+    # Lines that can be read 16 bytes at a time, and that cannot, alone and by twos.
+    many = torch.zeros(9, 64, dtype=torch.bfloat16, device=device)
+    for count, other in ((64, 56), (2, 6)):
+        lines = [line_of(row.data_ptr(), 0, count, row.dtype) for row in many[:8]]
+        settle(scan_lines(table([*lines, line_of(many[8].data_ptr(), 0, other, many.dtype)], device)))
     for start in (0, 1):
         data = torch.zeros(64, dtype=torch.bfloat16, device=device)
         settle(scan_lines(table([Line(data.data_ptr(), 1, 2 * (2 - start), 0, 2 * start, 0, 0, 0, 1)], device)))
