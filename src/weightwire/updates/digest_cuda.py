@@ -4,7 +4,8 @@ A launch goes through a table of lines, each a run of rows of one tensor, and ad
 sums stay on the device until `digest.settle` reads many of them at once.
 
 What words are multiplied by follows from where they are in their tensor, and takes most of the work. So lines that are
-alike, as those of one matrix in every layer, are scanned several at a time with the same factors.
+alike, as those of one matrix in every layer, are scanned two at a time with the same factors; of more together the
+memory is the limit.
 """
 
 from __future__ import annotations
@@ -106,8 +107,7 @@ def _run_lines(runs: Sequence[tuple[int, int, int, torch.dtype]]) -> npt.NDArray
     dtypes = [run[3] for run in runs]
     known = {dtype: (dtype.itemsize, *word_facts(dtype)) for dtype in set(dtypes)}
     itemsize, *facts = np.array([known[dtype] for dtype in dtypes], np.int64).reshape(-1, 4).T
-    width = count * itemsize
-    return np.stack([address, np.ones_like(width), width, width, start * itemsize, width, *facts], axis=1)
+    return _of_runs(address, start * itemsize, count * itemsize, facts)
 
 
 def byte_lines(addresses: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -117,8 +117,11 @@ def byte_lines(addresses: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64]) 
     True
     """
     zero = np.zeros_like(nbytes)
-    facts = [zero + fact for fact in word_facts(torch.uint8)]
-    return np.stack([addresses, zero + 1, nbytes, nbytes, zero, nbytes, *facts], axis=1)
+    return _of_runs(addresses, zero, nbytes, [zero + fact for fact in word_facts(torch.uint8)])
+
+
+def _of_runs(address: Any, start: Any, width: Any, facts: Sequence[Any]) -> npt.NDArray[np.int64]:
+    return np.stack([address, np.ones_like(width), width, width, start, width, *facts], axis=1)
 
 
 def table(lines: Sequence[Line] | npt.NDArray[np.int64], device: torch.device) -> Table:
