@@ -81,8 +81,11 @@ class SocketSender:
 
     def finish(self) -> None:
         def read() -> bool:
-            self._accept()
-            return self._pushed() and not self._doors
+            while not self.push():
+                left = [reader.socket for reader in self._readers if reader.sent < self._filled]
+                if not _writable(left):
+                    return False
+            return True
 
         if not read():
             self._wait(read, "the last buckets to be read")
@@ -102,18 +105,6 @@ class SocketSender:
         except OSError as error:
             raise TransportError(f"a reader cannot be let in: {error}") from error
         self._doors = [door for door in self._doors if door.awaited]
-
-    def _pushed(self) -> bool:
-        """Send what is filled to those who have connected; whether they have it all. For as long as they take it."""
-        data = self._memory.numpy().data[: self._filled]
-        while left := [reader for reader in self._readers if reader.sent < self._filled]:
-            ready = _writable([reader.socket for reader in left])
-            if not ready:
-                return False
-            for reader in left:
-                if reader.socket.fileno() in ready:
-                    self._push(reader, data)
-        return True
 
     def _push(self, reader: _Reader, data: memoryview) -> None:
         try:
@@ -157,12 +148,12 @@ class _Door:
         self._name.unlink(missing_ok=True)
 
 
-def _writable(sockets: Sequence[socket.socket]) -> set[int]:
-    """The file numbers of those that take more, or are broken; after a while, none."""
+def _writable(sockets: Sequence[socket.socket]) -> bool:
+    """Whether one of these takes more, or is broken, at once or after a while."""
     poll = select.poll()
     for each in sockets:
         poll.register(each, select.POLLOUT)
-    return {number for number, _ in poll.poll(1e3 * _LOOK_SECONDS)}
+    return bool(sockets and poll.poll(1e3 * _LOOK_SECONDS))
 
 
 def _listen(name: Path, readers: int) -> socket.socket:
