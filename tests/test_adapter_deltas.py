@@ -414,10 +414,8 @@ class Host:
     def fetch(self, address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
         for bucket in arrivals.buckets:
             data = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-            for number, start, count, offset in bucket.pieces:
-                size = arrivals.tensors[number].itemsize
-                run = self.sent[number].reshape(-1)[start : start + count].view(torch.uint8)
-                data[offset : offset + count * size] = run
+            for piece in bucket.pieces:
+                piece.within(data).copy_(piece.of(self.sent[piece.tensor].reshape(-1)))
             yield bucket.index, data
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
@@ -619,8 +617,8 @@ def test_scaling_goes_by_the_new_config(engine_of: Any, serves: Any) -> None:
     id = engine.begin(manifest, holder="me", lease=SECONDS, timeout=SECONDS).id
     for bucket in cut(manifest):
         data = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-        for number, start, count, offset in bucket.pieces:
-            data[offset : offset + count] = deltas[number].data[start : start + count]
+        for piece in bucket.pieces:
+            piece.within(data).copy_(piece.of(deltas[piece.tensor].data))
         engine.put(id, bucket.index, memoryview(data.numpy()), timeout=SECONDS)
     digests = [scan(delta.data).digest.hex() for delta in deltas]
     engine.commit(id, digests=digests, pause="keep", keep_cache=False, timeout=SECONDS)

@@ -22,7 +22,7 @@ class Own(TensorSource):
 
 def test_a_bucket_is_packed_by_one_call_but_not_past_a_source_that_reads_in_its_own_way() -> None:
     tensors = {"a": torch.arange(4.0), "b": torch.arange(6.0)}
-    pieces = [Piece(0, 1, 3, 0), Piece(1, 0, 6, 64)]
+    pieces = [Piece(0, 1, 3, 0, torch.float32), Piece(1, 0, 6, 64, torch.float32)]
     to = torch.zeros(128, dtype=torch.uint8)
     source = TensorSource(tensors)
     found = Reading(source, source.metadata(), parts=False).pack(pieces, to)
@@ -41,7 +41,7 @@ def test_what_is_wider_is_cast_on_the_way(way: str) -> None:
     assert [spec.dtype for spec in reading.specs] == ["bfloat16", "float16"]
     to = torch.zeros(64, dtype=torch.uint8)
     if way == "pack":
-        found = reading.pack([Piece(0, 2, 5, 0), Piece(1, 0, 5, 16)], to)
+        found = reading.pack([Piece(0, 2, 5, 0, torch.bfloat16), Piece(1, 0, 5, 16, torch.float16)], to)
     else:
         places = to[:10].view(torch.bfloat16), to[16:26].view(torch.float16)
         found = [reading.read(0, 2, places[0]), reading.read(1, 0, places[1])]

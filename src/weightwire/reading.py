@@ -70,11 +70,9 @@ class Reading:
         if not whole or whole[0].device.type != "cpu":
             return None
         if self._dtypes == self._sent:
-            return scan_and_pack([(whole[number], start, count, at) for number, start, count, at in pieces], to)
-        dtypes = [self._sent[piece.tensor] for piece in pieces]
-        places = [piece.within(to, dtype) for piece, dtype in zip(pieces, dtypes, strict=True)]
-        torch._foreach_copy_(places, [whole[p.tensor].view(-1)[p.start : p.start + p.count] for p in pieces])
-        return scan_runs(to, [(p.offset, p.count, p.start, dtype) for p, dtype in zip(pieces, dtypes, strict=True)])
+            return scan_and_pack([(whole[p.tensor], p.start, p.count, p.offset) for p in pieces], to)
+        torch._foreach_copy_([p.within(to) for p in pieces], [p.of(whole[p.tensor].view(-1)) for p in pieces])
+        return scan_runs(to, [(p.offset, p.count, p.start, p.dtype) for p in pieces])
 
     def gather(self, runs: Callable[[], Sequence[tuple[int, int, torch.Tensor]]]) -> None:
         """As `SpreadSource.gather`."""

@@ -41,15 +41,26 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
-from weightwire.pull import pull, room_for
+from weightwire.landing import Landing, room_for
+from weightwire.pull import pull
 from weightwire.revisions import Revision, Revisions
-from weightwire.target import AdapterStaging, DeltaStaging, Encoded, Staging, TakesBuckets, Target, computed_by
+from weightwire.target import (
+    AdapterStaging,
+    DeltaStaging,
+    Encoded,
+    HasPlaces,
+    Staging,
+    TakesBuckets,
+    Target,
+    computed_by,
+)
 from weightwire.updates.boxes import Box
-from weightwire.updates.buckets import Bucket, cut
+from weightwire.updates.buckets import Bucket, Piece, cut
 from weightwire.updates.digest import (
     NO_DIGEST,
     Pending,
     Scan,
+    scan_pieces_any,
     scan_runs,
     scan_runs_any,
     scan_tensors_any,
@@ -78,6 +89,12 @@ class Arrivals:
     lease: float
     """Seconds of silence after which the sender counts as gone."""
     cancelled: threading.Event
+    place: Callable[[Piece], torch.Tensor | None] = lambda piece: None
+    """As `target.HasPlaces`."""
+
+    def landing(self) -> Landing:
+        """Where they arrive on the current GPU."""
+        return Landing(self.buckets, self.place, torch.device("cuda", torch.cuda.current_device()))
 
 
 class Lent(NamedTuple):
@@ -88,7 +105,9 @@ class Lent(NamedTuple):
 
 
 T = TypeVar("T")
-Fetch = Callable[[str, Arrivals], Iterator[tuple[int, torch.Tensor]]]
+Fetch = Callable[[str, Arrivals], Iterator[tuple[int, "torch.Tensor | Sequence[torch.Tensor]"]]]
+"""Gives each bucket in turn: its number and its memory, or the elements of each of its pieces, which then lie in places
+of their own. Both are only lent until the next is asked for."""
 Open = Callable[[str, Arrivals], "Lent | None"]
 
 
@@ -602,17 +621,24 @@ class Receiver:
             buckets=update.buckets,
             lease=update.lease,
             cancelled=update.cancelled,
+            place=lambda piece: self._place(update, piece),
         )
         lent = self._open(address, arrivals)
         if lent is not None:
-            self._take_lent(update, lent)
+            self._take_lent(update, arrivals, lent)
             return
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
 
-    def _take_lent(self, update: _Update, lent: Lent) -> None:
+    def _place(self, update: _Update, piece: Piece) -> torch.Tensor | None:
+        if not isinstance(update.staging, HasPlaces):
+            return None
+        self._poison_what_is_overwritten(update)
+        return update.staging.place(piece)
+
+    def _take_lent(self, update: _Update, arrivals: Arrivals, lent: Lent) -> None:
         if not lent.here and self._copies(update):
-            for index, data in pull(lent.tensors, update.buckets):
+            for index, data in pull(lent.tensors, update.buckets, arrivals.landing()):
                 if update.cancelled.is_set():
                     return
                 self._take(update, index, data)
@@ -628,23 +654,14 @@ class Receiver:
         room = self._target.room() - room_for(update.buckets)
         return isinstance(update.staging, TakesBuckets) and update.staging.copy_all(room)
 
-    def _take(self, update: _Update, index: int, data: torch.Tensor) -> None:
+    def _take(self, update: _Update, index: int, data: torch.Tensor | Sequence[torch.Tensor]) -> None:
         if index in update.received:
             return
-        pieces = update.buckets[index].pieces
-        wire = update.manifest.wire
-        dtypes = [getattr(torch, wire[piece.tensor].dtype) for piece in pieces]
         self._poison_what_is_overwritten(update)
-        found: list[Scan | None] = [None] * len(pieces)
-        if isinstance(update.staging, TakesBuckets):
-            update.staging.write_bucket(update.buckets[index], data)
-        else:
-            for number, (piece, dtype) in enumerate(zip(pieces, dtypes, strict=True)):
-                found[number] = update.staging.write(piece.tensor, piece.start, piece.within(data, dtype))
-        left = [(p, dtype) for p, dtype, scanned in zip(pieces, dtypes, found, strict=True) if scanned is None]
-        scans = iter(scan_runs_any(data, [(p.offset, p.count, p.start, dtype) for p, dtype in left]))
-        for piece, scanned in zip(pieces, found, strict=True):
-            update.scans[piece.tensor] = (next(scans) if scanned is None else scanned) + update.scans[piece.tensor]
+        bucket = update.buckets[index]
+        scans = _write(update, bucket, data) if isinstance(data, torch.Tensor) else _write_parts(update, bucket, data)
+        for piece, scanned in zip(bucket.pieces, scans, strict=True):
+            update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
@@ -778,6 +795,27 @@ class Receiver:
 def _check_client(client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> None:
     if not 0 <= client < clients <= _MAX_CLIENTS:
         raise StateError(f"client {client} of {clients}")
+
+
+def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | Pending]:
+    """Have what a bucket holds staged; a scan of each piece."""
+    pieces = bucket.pieces
+    found: list[Scan | None] = [None] * len(pieces)
+    if isinstance(update.staging, TakesBuckets):
+        update.staging.write_bucket(bucket, data)
+    else:
+        found = [update.staging.write(piece.tensor, piece.start, piece.within(data)) for piece in pieces]
+    left = [(p.offset, p.count, p.start, p.dtype) for p, scan in zip(pieces, found, strict=True) if scan is None]
+    scans = iter(scan_runs_any(data, left))
+    return [next(scans) if scanned is None else scanned for scanned in found]
+
+
+def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+    """The same of a bucket whose pieces lie apart."""
+    staging = update.staging
+    assert isinstance(staging, HasPlaces)
+    staging.write_parts(bucket, parts)
+    return scan_pieces_any([(part, piece.start) for part, piece in zip(parts, bucket.pieces, strict=True)])
 
 
 @contextlib.contextmanager

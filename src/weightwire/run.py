@@ -34,7 +34,7 @@ from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
-from weightwire.transports import Choice, Lender, Link, Pushes, Sender, Transport
+from weightwire.transports import Choice, Lender, Link, Pushes, Sender, SendsParts, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
@@ -448,6 +448,10 @@ class Run:
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):
+            lies_there = deltas is None and self._ahead and bucket.apart
+            if lies_there and all(isinstance(sender, SendsParts) for sender in self._senders):
+                self._send_parts(bucket)
+                continue
             data = self._together.on_leader(lambda bucket=bucket: self._buffer(bucket))  # type: ignore[misc]
             if deltas is None:
                 self._fill(bucket, data, scans)
@@ -493,8 +497,7 @@ class Run:
     def _fill(self, bucket: Bucket, data: torch.Tensor | None, scans: list[Scan | Pending]) -> None:
         if self._ahead:
             for piece in bucket.pieces:
-                whole = self._ahead[piece.tensor].reshape(-1)
-                self._place(piece, data).copy_(whole[piece.start : piece.start + piece.count])
+                self._place(piece, data).copy_(piece.of(self._ahead[piece.tensor].reshape(-1)))
             return
         packed = None if data is None else self._reading.pack(bucket.pieces, data)
         found: Sequence[Scan | Pending] = packed or [
@@ -509,8 +512,7 @@ class Run:
     def _place(self, piece: Piece, data: torch.Tensor | None) -> torch.Tensor:
         """Where in a bucket's memory its elements go. Only rank 0 has a bucket to fill; the others say by an empty
         shell what they read along."""
-        dtype = getattr(torch, self._reading.specs[piece.tensor].dtype)
-        return torch.empty(piece.count, dtype=dtype, device="meta") if data is None else piece.within(data, dtype)
+        return torch.empty(piece.count, dtype=piece.dtype, device="meta") if data is None else piece.within(data)
 
     def _buffer(self, bucket: Bucket) -> torch.Tensor:
         with self._sending():
@@ -523,6 +525,13 @@ class Run:
                 sender.buffer(bucket).copy_(data)  # type: ignore[arg-type]
                 sender.send(bucket)
             first.send(bucket)
+
+    def _send_parts(self, bucket: Bucket) -> None:
+        """Send it from where the weights are."""
+        parts = [piece.of(self._ahead[piece.tensor].reshape(-1)) for piece in bucket.pieces]
+        with self._sending():
+            for sender in self._senders:
+                sender.send_parts(bucket, parts)  # type: ignore[attr-defined]
 
     def _finish(self) -> None:
         with self._sending():

@@ -9,12 +9,22 @@ import torch
 
 from weightwire.revisions import Revision
 from weightwire.updates.boxes import Box
-from weightwire.updates.buckets import Bucket
+from weightwire.updates.buckets import Bucket, Piece
 from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
 
-__all__ = ["AdapterStaging", "Computes", "DeltaStaging", "Encoded", "Staging", "TakesBuckets", "Target", "computed_by"]
+__all__ = [
+    "AdapterStaging",
+    "Computes",
+    "DeltaStaging",
+    "Encoded",
+    "HasPlaces",
+    "Staging",
+    "TakesBuckets",
+    "Target",
+    "computed_by",
+]
 
 
 class Staging(Protocol):
@@ -63,6 +73,18 @@ class TakesBuckets(Protocol):
     def copy_all(self, room: int) -> bool:
         """Stage a copy of what is lent too, if that needs no more than `room` bytes: its memory is another GPU's, and
         the engine stands still while it is read at commit. Whether it will be staged."""
+
+
+@runtime_checkable
+class HasPlaces(Protocol):
+    """A `Staging` on a GPU, in which pieces can arrive where they are to stay, so that nothing has to copy them."""
+
+    def place(self, piece: Piece) -> torch.Tensor | None:
+        """Memory for all of a piece, 1-D, of its tensor's dtype; None where it has to be taken apart."""
+
+    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        """`Staging.write` of each piece of a bucket, of which these are the elements; those that have a place are
+        there."""
 
 
 @runtime_checkable

@@ -114,7 +114,7 @@ class Rank:
         deltas = [encode(name, old[name], new[name]) for name in old]
         return self.staged([delta.data for delta in deltas], **how)
 
-    def staged(self, data, finite=True):
+    def staged(self, data, finite=True, placed=False):
         encoded = tuple(raw.numel() for raw in data)
         manifest = Manifest(
             version=2, kind="delta", base_version=1, tensors=self.specs, encoded=encoded, finite=finite,
@@ -123,9 +123,13 @@ class Rank:
         staging = DeviceDelta(manifest, self.plan, self.places(), DEVICE, self.held)
         staging.sent = [scan(raw) for raw in data]
         for bucket in cut(manifest):
+            if placed:
+                parts = [staging.place(piece).copy_(piece.of(data[piece.tensor])) for piece in bucket.pieces]
+                staging.write_parts(bucket, parts)
+                continue
             filled = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-            for number, start, count, offset in bucket.pieces:
-                filled[offset : offset + count] = data[number][start : start + count].cpu()
+            for piece in bucket.pieces:
+                piece.within(filled).copy_(piece.of(data[piece.tensor]))
             staging.write_bucket(bucket, filled.to(DEVICE))
         return staging
 
@@ -161,9 +165,9 @@ def rank(proven):
 
 def test_deltas_follow_each_other(rank, first):
     old = first
-    for seed in (1, 2):
+    for seed, placed in ((1, False), (2, True)):
         new = step(old, seed)
-        staging = rank.delta(old, new)
+        staging = rank.delta(old, new, placed=placed)
         seal(staging)
         assert rank.holds(old)
         staging.commit()

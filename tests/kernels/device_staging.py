@@ -7,14 +7,16 @@ import torch
 from tests.kernels.device import DEVICE
 from tests.kernels.device_delta import Rank, weights
 
+from weightwire.engines.vllm.copy_plan import Copy, Plan
 from weightwire.engines.vllm.device import DeviceStaging, Held, Tables
 from weightwire.engines.vllm.device_delta import DeviceDelta
 from weightwire.engines.vllm.recording import record
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
+from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import scan
-from weightwire.updates.manifest import Manifest
+from weightwire.updates.manifest import Manifest, TensorSpec
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +47,55 @@ def by_buckets(staging, manifest, full):
     kept = [*buckets(manifest, full)]  # in memory of their own, which is not handed out twice
     for bucket, data in kept:
         staging.write_bucket(bucket, data)
+
+
+def by_parts(staging, manifest, full):
+    """Every piece where it is to stay, if it has a place; gives the names of those that have one."""
+    placed = []
+    for bucket, data in buckets(manifest, full):
+        parts = []
+        for piece in bucket.pieces:
+            own = staging.place(piece)
+            parts.append(piece.within(data.clone()) if own is None else own.copy_(piece.within(data)))
+            if own is not None:
+                placed.append(manifest.tensors[piece.tensor].name)
+        data.zero_()  # nothing is left to be copied from there
+        staging.write_parts(bucket, parts)
+    return placed
+
+
+@pytest.mark.parametrize("mode", ["copy", "none"])
+def test_a_piece_that_stays_in_one_piece_comes_to_its_place_by_itself(rank, mode):
+    tables, found = Tables(), []
+    for seed in (12, 13, 14):
+        taken(rank, weights(seed), tables, lambda *args: found.append(by_parts(*args)), staging=mode)
+        assert rank.holds(weights(seed))
+    assert found == [["whole", "scalar"]] * 3
+
+
+def test_a_tensor_that_goes_to_two_parameters_comes_to_one_of_them(few_rows):
+    spec, wanted = TensorSpec(name="w", dtype="bfloat16", shape=(3, 4)), torch.randn(3, 4).bfloat16()
+    whole = Box((0, 0), (3, 4))
+    plan = Plan([[Copy(whole, "turned", 0, (1, 3)), Copy(whole, "one", 4, (4, 1)), Copy(whole, "other", 0, (4, 1))]])
+    live = {"turned": (4, 3), "one": (4, 4), "other": (3, 4)}
+    live = {name: torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for name, shape in live.items()}
+    manifest = Manifest(version=1, tensors=(spec,))
+    places = {name: [tensor] for name, tensor in live.items()}
+    staging = DeviceStaging(manifest, plan, places, DEVICE, Tables(), Held())
+    assert by_parts(staging, manifest, {"w": wanted}) == ["w"]
+    staging.seal([scan(wanted)])
+    staging.commit()
+    staging.proof()
+    for there in (live["turned"].T, live["one"][1:], live["other"]):
+        assert torch.equal(there.cpu(), wanted)
+
+
+def test_what_is_cast_has_no_place():
+    rank = Rank(weights(15))
+    spec = msgspec.structs.replace(rank.specs[0], dtype="float32")
+    manifest = Manifest(version=1, tensors=(spec, *rank.specs[1:]))
+    staging = DeviceStaging(manifest, rank.plan, rank.places(), DEVICE, Tables(), Held())
+    assert staging.place(cut(manifest)[0].pieces[0]) is None
 
 
 def test_buckets_of_several_pieces_go_where_they_belong(rank):

@@ -86,7 +86,7 @@ async def _put_all(
 def _fill(bucket: Bucket, tensors: list[torch.Tensor], scans: list[Scan]) -> bytes:
     data = bytearray(bucket.nbytes)
     for piece in bucket.pieces:
-        run = tensors[piece.tensor].reshape(-1)[piece.start : piece.start + piece.count]
+        run = piece.of(tensors[piece.tensor].reshape(-1))
         scans[piece.tensor] += scan(run, piece.start)
         data[piece.offset : piece.offset + run.nbytes] = run.contiguous().view(torch.uint8).numpy().tobytes()
     return bytes(data)

@@ -15,7 +15,7 @@ import torch
 from weightwire.errors import TransportError, UsageError, WeightwireError
 from weightwire.receiver import Arrivals, Lent
 from weightwire.transports import cuda_ipc, gloo, http, nccl, shm
-from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Pushes, Sender, Transport, Wait, Weights
+from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Pushes, Sender, SendsParts, Transport, Wait, Weights
 
 __all__ = [
     "BUCKET_BYTES",
@@ -25,6 +25,7 @@ __all__ = [
     "Link",
     "Pushes",
     "Sender",
+    "SendsParts",
     "Transport",
     "Wait",
     "Weights",
@@ -126,8 +127,8 @@ def resolve(
     )
 
 
-def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
-    """The worker's half: every bucket from `address`, in order."""
+def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor | Sequence[torch.Tensor]]]:
+    """The worker's half: every bucket from `address`, in order (`receiver.Fetch`)."""
     scheme = address.partition(":")[0]
     if scheme not in _FETCH:
         raise UsageError(f"no transport fetches from {address[:80]!r}; known are {', '.join(_FETCH)}")

@@ -16,7 +16,7 @@ import torch
 
 from weightwire.updates.buckets import Bucket
 
-__all__ = ["BUCKET_BYTES", "Lender", "Link", "Pushes", "Sender", "Transport", "Wait", "Weights"]
+__all__ = ["BUCKET_BYTES", "Lender", "Link", "Pushes", "Sender", "SendsParts", "Transport", "Wait", "Weights"]
 
 BUCKET_BYTES = 64 << 20
 
@@ -71,6 +71,14 @@ class Pushes(Protocol):
 
     def push(self) -> bool:
         """Send what can be sent without waiting; whether every reader has come and has all that is filled."""
+
+
+@runtime_checkable
+class SendsParts(Protocol):
+    """A `Sender` that can send weights from where they are."""
+
+    def send_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        """Send a bucket, in its turn, of which these are the pieces, 1-D. They stay as they are until `finish`."""
 
 
 @runtime_checkable

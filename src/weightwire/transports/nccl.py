@@ -1,5 +1,8 @@
 """Buckets as NCCL broadcasts from the trainer's GPU to those of its engines.
 
+A bucket of large pieces is one launch, of a broadcast for each of them: out of the trainer's own weights where they are
+whole, to where they stay in the engine where there is such a place. So neither GPU has anything to copy.
+
 The process group is our own, made directly over a store of its own, beside whatever groups either side has. Making it
 takes a second, so it is kept from publish to publish, and made anew when other engines or other ranks take part, or
 after any failure. NCCL itself waits for a dead peer for ever: this side never blocks in it, but looks whether each
@@ -9,8 +12,10 @@ broadcast is over, and aborts the group when its time is.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,18 +23,20 @@ import torch
 import torch.distributed as dist
 
 from weightwire.errors import TransportError
+from weightwire.landing import BUFFERS, Landed
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Sender, Wait, Weights
 from weightwire.transports.cuda_driver import uuid_of
-from weightwire.transports.nccl_group import abort_group, make_group
-from weightwire.transports.store import FROM_TRAINER, Meeting, Place, as_transport_error, connect, reach, wait_until
+from weightwire.transports.nccl_group import abort_group, broadcast, make_group
+from weightwire.transports.store import Meeting, Place, as_transport_error, connect, reach, wait_until
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["Nccl", "fetch", "probe"]
 
 _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
-_AHEAD = 3  # buckets that each side has memory for: one is being sent, one waits, one is being filled or emptied
+_AHEAD = 3  # buckets that the trainer has memory for: one is being sent, one waits, one is being filled
+_QUEUED = 8  # buckets at most that wait to be sent: a GPU takes a thousand launches, and then its caller has to wait
 _LAG_SECONDS = 1.0  # by which the trainer may see the end of a broadcast after the engine has committed it
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
 
@@ -117,12 +124,20 @@ class _Sender:
         return self._buffers[slot][: bucket.nbytes]
 
     def send(self, bucket: Bucket) -> None:
+        data = self._buffers[bucket.index % _AHEAD][: bucket.nbytes]
+        self._broadcast([piece.within(data) for piece in bucket.pieces] if bucket.apart else [data])
+
+    def send_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        if bucket.index >= _QUEUED:
+            self._finish(bucket.index - _QUEUED)
+        self._broadcast(parts)
+
+    def _broadcast(self, parts: Sequence[torch.Tensor]) -> None:
         with torch.cuda.device(self._owner._device), as_transport_error("nccl", "sending"):
             if self._owner._group is None:
                 group = make_group(self._store, self._key, 0, self._world, self._wait)
                 self._owner._group = _Group(self._key, self._members, group)
-            group = self._owner._group.group
-            self._sent.append(group.broadcast([self._buffers[bucket.index % _AHEAD][: bucket.nbytes]], FROM_TRAINER))
+            self._sent.append(broadcast(self._owner._group.group, parts))
 
     def finish(self) -> None:
         for index in range(len(self._sent)):
@@ -158,7 +173,7 @@ _joined: list[_Group] = []
 """The one group that this worker is in, if any. Another trainer's replaces it."""
 
 
-def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor | Sequence[torch.Tensor]]]:
     """Receive each bucket in turn, on the current stream; what is done with it there is done before its memory is used
     again."""
     place = Place.parse("nccl", address.removesuffix(_KEPT))
@@ -171,17 +186,23 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]
     group = _joined[0].group
     complete = False
     try:
-        size = max((b.nbytes for b in arrivals.buckets), default=0)
-        buffers = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in arrivals.buckets[:_AHEAD]]
-        first = arrivals.buckets[: _AHEAD - 1]
-        works = [group.broadcast([buffers[b.index][: b.nbytes]], FROM_TRAINER) for b in first]
+        landing = arrivals.landing()
+        coming: deque[tuple[Any, Landed]] = deque()
+        buckets = iter(arrivals.buckets)
+
+        def receive(bucket: Bucket) -> None:
+            landed = landing.of(bucket)
+            runs = landed.parts if landed.whole is None or bucket.apart else [landed.whole]
+            coming.append((broadcast(group, runs), landed))
+
+        for bucket in itertools.islice(buckets, BUFFERS - 1):
+            receive(bucket)
         for bucket in arrivals.buckets:
-            _wait(works[bucket.index], arrivals)
-            yield bucket.index, buffers[bucket.index % _AHEAD][: bucket.nbytes]
-            if (ahead := bucket.index + _AHEAD - 1) < len(arrivals.buckets):
-                following = arrivals.buckets[ahead]
-                data = buffers[ahead % _AHEAD][: following.nbytes]
-                works.append(group.broadcast([data], FROM_TRAINER))
+            work, landed = coming.popleft()
+            _wait(work, arrivals)
+            yield bucket.index, landed.data
+            for following in itertools.islice(buckets, 1):
+                receive(following)
         complete = True
     finally:
         if not complete:

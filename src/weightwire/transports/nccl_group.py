@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from weightwire.transports.base import Wait
 from weightwire.transports.store import FROM_TRAINER
 
-__all__ = ["abort_group", "make_group"]
+__all__ = ["abort_group", "broadcast", "make_group"]
 
 _GRACE_SECONDS = 600.0
 _ABORT_SECONDS = 10.0
@@ -65,6 +65,15 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
         for group in begun:
             abort_group(group)
         raise
+
+
+def broadcast(group: Any, parts: Sequence[torch.Tensor]) -> Any:
+    """Each of these from the trainer to all, by one launch on the group's own stream. Every rank gives as many, of the
+    same sizes; contiguous."""
+    group._start_coalescing()
+    for part in parts:
+        group.broadcast([part.view(torch.uint8)], FROM_TRAINER)  # NCCL knows not all dtypes
+    return group._end_coalescing()
 
 
 def abort_group(group: Any) -> None:

@@ -20,6 +20,9 @@ ALIGNMENT = 64
 """Bytes. Every piece starts at a multiple, so that it can be viewed as any dtype and read in whole cache lines."""
 
 
+_APART_BYTES = 1 << 20  # on average; to see to a piece by itself takes as long as to copy that much
+
+
 class Piece(NamedTuple):
     """Elements `start .. start + count` (row-major) of tensor number `tensor`, at byte `offset` of its bucket."""
 
@@ -27,14 +30,19 @@ class Piece(NamedTuple):
     start: int
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody misses here
     offset: int
+    dtype: torch.dtype
 
-    def within(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def within(self, data: torch.Tensor) -> torch.Tensor:
         """Its elements in the memory of its bucket (uint8, 1-D).
 
-        >>> Piece(0, 5, 2, 4).within(torch.tensor([0, 0, 0, 0, 1, 0, 2, 0], dtype=torch.uint8), torch.int16)
+        >>> Piece(0, 5, 2, 4, torch.int16).within(torch.tensor([0, 0, 0, 0, 1, 0, 2, 0], dtype=torch.uint8))
         tensor([1, 2], dtype=torch.int16)
         """
-        return data[self.offset : self.offset + self.count * dtype.itemsize].view(dtype)
+        return data[self.offset : self.offset + self.count * self.dtype.itemsize].view(self.dtype)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Its elements in all of its tensor's, 1-D."""
+        return flat[self.start : self.start + self.count]
 
 
 class Bucket(NamedTuple):
@@ -42,13 +50,23 @@ class Bucket(NamedTuple):
     nbytes: int
     pieces: tuple[Piece, ...]
 
+    @property
+    def apart(self) -> bool:
+        """Whether its pieces are large enough for each to travel by itself, where that saves a copy.
+
+        >>> Bucket(0, 8 << 20, (Piece(0, 0, 8 << 20, 0, torch.uint8),)).apart, Bucket(0, 0, ()).apart
+        (True, False)
+        """
+        return self.nbytes > len(self.pieces) * _APART_BYTES
+
 
 def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tensor], *, fill: bool) -> None:
     """Copy a bucket's pieces, of tensors of bytes (uint8, 1-D, on one device), between them and `data`, the bucket's
     memory: out of it, or into it with `fill`, where nothing is waited for and the tensors must stay. Where they lie
     side by side just as in the bucket, it is one copy: for hundreds of them, one each takes longer than their bytes.
 
-    >>> bucket, memory = Bucket(0, 67, (Piece(0, 0, 2, 0), Piece(1, 0, 3, 64))), torch.zeros(80, dtype=torch.uint8)
+    >>> memory = torch.zeros(80, dtype=torch.uint8)
+    >>> bucket = Bucket(0, 67, (Piece(0, 0, 2, 0, torch.uint8), Piece(1, 0, 3, 64, torch.uint8)))
     >>> copy_pieces(bucket, torch.arange(67, dtype=torch.uint8), [memory[:2], memory[64:67]], fill=False)
     >>> memory[:2].tolist(), memory[64:].tolist()
     ([0, 1], [64, 65, 66, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
@@ -58,8 +76,8 @@ def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tens
     if (memory := _laid_out_alike(bucket, tensors)) is not None:
         own, there = [memory], [data[: bucket.nbytes]]
     else:
-        own = [tensors[number][start : start + count] for number, start, count, _ in bucket.pieces]
-        there = [data[at : at + count] for _, _, count, at in bucket.pieces]
+        own = [piece.of(tensors[piece.tensor]) for piece in bucket.pieces]
+        there = [piece.within(data) for piece in bucket.pieces]
     if fill:
         torch._foreach_copy_(there, own, non_blocking=True)
     else:
@@ -68,12 +86,12 @@ def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tens
 
 def _laid_out_alike(bucket: Bucket, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
     """The memory of which all pieces are parts, at the same distances as in the bucket."""
-    number, start, _, _ = bucket.pieces[0]
-    first = tensors[number]
+    start = bucket.pieces[0].start
+    first = tensors[bucket.pieces[0].tensor]
     address = first.data_ptr() + start
     memory = first.untyped_storage()
     inside = address + bucket.nbytes <= memory.data_ptr() + memory.nbytes()
-    if inside and all(tensors[n].data_ptr() + begin == address + offset for n, begin, _, offset in bucket.pieces):
+    if inside and all(tensors[p.tensor].data_ptr() + p.start == address + p.offset for p in bucket.pieces):
         return first.as_strided((bucket.nbytes,), (1,), first.storage_offset() + start)
     return None
 
@@ -82,8 +100,8 @@ def cut(manifest: Manifest) -> tuple[Bucket, ...]:
     """The buckets of an update, none larger than `manifest.bucket_bytes`.
 
     >>> spec = TensorSpec(name="w", dtype="float32", shape=(1500,))
-    >>> [b.pieces for b in cut(Manifest(version=1, tensors=(spec,), bucket_bytes=4096))]
-    [(Piece(tensor=0, start=0, count=1024, offset=0),), (Piece(tensor=0, start=1024, count=476, offset=0),)]
+    >>> [bucket.pieces[0][:4] for bucket in cut(Manifest(version=1, tensors=(spec,), bucket_bytes=4096))]
+    [(0, 0, 1024, 0), (0, 1024, 476, 0)]
     """
     return _cut(manifest.wire, manifest.bucket_bytes)
 
@@ -102,7 +120,7 @@ def _cut(tensors: tuple[TensorSpec, ...], limit: int) -> tuple[Bucket, ...]:
         used = 0
 
     for number, spec in enumerate(tensors):
-        start = 0
+        start, dtype = 0, getattr(torch, spec.dtype)
         while start < spec.numel:
             offset = -(-used // ALIGNMENT) * ALIGNMENT
             room = (limit - offset) // spec.itemsize
@@ -111,7 +129,7 @@ def _cut(tensors: tuple[TensorSpec, ...], limit: int) -> tuple[Bucket, ...]:
                 close()
                 continue
             count = min(room, spec.numel - start)
-            pieces.append(Piece(number, start, count, offset))
+            pieces.append(Piece(number, start, count, offset, dtype))
             used = offset + count * spec.itemsize
             start += count
     close()

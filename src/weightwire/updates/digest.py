@@ -49,6 +49,7 @@ __all__ = [
     "scan_any",
     "scan_box",
     "scan_parts",
+    "scan_pieces_any",
     "scan_places",
     "scan_rows",
     "scan_runs",
@@ -257,6 +258,21 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
     return [
         *digest_cuda.scan_again([(base + at, start, count, dtype) for at, count, start, dtype in runs], data.device)
     ]
+
+
+def scan_pieces_any(pieces: Sequence[tuple[torch.Tensor, int]]) -> list[Scan | Pending]:
+    """`scan_any` of each of many contiguous runs of elements, wherever they are on one device, with the index of their
+    first one; by one call, or one launch on the current stream.
+
+    >>> scan_pieces_any([(torch.ones(2), 3)]) == [scan(torch.ones(2), 3)]
+    True
+    """
+    runs = [(run.data_ptr(), start, run.numel(), run.dtype) for run, start in pieces]
+    if not pieces or pieces[0][0].device.type != "cuda":
+        return [*_scan_addresses([(address, count, start, dtype, 0) for address, start, count, dtype in runs])]
+    from weightwire.updates import digest_cuda
+
+    return [*digest_cuda.scan_again(runs, pieces[0][0].device)]
 
 
 class Joined:

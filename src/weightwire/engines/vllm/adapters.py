@@ -399,8 +399,7 @@ class _Staged(StagedAdapter):
         self._put([(tensor, start, data)])
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        dtypes = [getattr(torch, spec.dtype) for spec in self._specs]
-        self._put([(piece.tensor, piece.start, piece.within(data, dtypes[piece.tensor])) for piece in bucket.pieces])
+        self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
 
     def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
         """Copy what arrived, each from an element of its tensor on, to where it belongs."""

@@ -1,14 +1,15 @@
 """A whole model's staged copy on a GPU, and its way into the live parameters: one batched copy.
 
-What arrives is put where it belongs in spare memory of the parameters' own shapes while the engine generates. What the
-trainer lends out of its own memory on the same GPU stays there: it is read once for its digest, and once more at
-commit; only parameters that are cast, or that the model's loader computes, are staged then. With `staging="none"` what
-arrives goes into the live parameters themselves.
+What arrives is put where it belongs in spare memory of the parameters' own shapes while the engine generates, or comes
+there by itself, where that is in one piece. What the trainer lends out of its own memory on the same GPU stays there:
+it is read once for its digest, and once more at commit; only parameters that are cast, or that the model's loader
+computes, are staged then. With `staging="none"` what arrives goes into the live parameters themselves.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -122,6 +123,8 @@ class Tables:
     parts_of: list[int] = field(default_factory=list)
     buckets: dict[object, BatchedCopy] = field(default_factory=dict)
     """The way of each bucket into staged memory, by where it arrives."""
+    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
+    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere."""
     buckets_of: object = None
     layouts: dict[Sequence[str], Layout] = field(default_factory=dict)
     """By the names that are staged."""
@@ -207,26 +210,49 @@ class DeviceStaging:
         self._plan.write(self._manifest.tensors[tensor], tensor, start, data.to(self._device), self._staged)
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        """`write` of each of its pieces, out of the whole bucket, by one launch where nothing is cast on the way."""
+        """As `target.TakesBuckets`."""
+        self.write_parts(bucket, [piece.within(data) for piece in bucket.pieces])
+
+    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        """By one launch where nothing is cast on the way."""
         self._allocate()
-        copies = self._plan.copies
-        for piece in bucket.pieces:
+        copies, pieces = self._plan.copies, [*zip(bucket.pieces, parts, strict=True)]
+        for piece, part in pieces:
             if piece.tensor in self._ingredients:
-                self._ingredients.write(piece.tensor, piece.start, self._run(piece, data), self._allocated)
-        if data.device != self._device or any(
-            c.parameter in self._cast for p in bucket.pieces for c in copies[p.tensor]
-        ):
-            for piece in bucket.pieces:
-                self._copy_in(piece.tensor, piece.start, self._run(piece, data))
+                self._ingredients.write(piece.tensor, piece.start, part, self._allocated)
+        cast = any(c.parameter in self._cast for piece in bucket.pieces for c in copies[piece.tensor])
+        if cast or any(part.device != self._device for part in parts):
+            for piece, part in pieces:
+                self._copy_in(piece.tensor, piece.start, part)
             return
-        kept = self._kept_buckets
-        key = (bucket.index, data.data_ptr())
+        kept = self._ready.buckets
+        key = (bucket.index, *(part.data_ptr() for part in parts))
         if key not in kept:
-            kept[key] = BatchedCopy(self._moves(bucket, data), self._device)
+            kept[key] = BatchedCopy(self._moves(pieces), self._device)
         kept[key].run()
 
-    def _run(self, piece: Piece, data: torch.Tensor) -> torch.Tensor:
-        return piece.within(data, getattr(torch, self._manifest.tensors[piece.tensor].dtype))
+    def place(self, piece: Piece) -> torch.Tensor | None:
+        """As `target.HasPlaces`."""
+        self._allocate()
+        kept = self._ready.places
+        if piece not in kept:
+            kept[piece] = self._find_place(piece)
+        if (found := kept[piece]) is None:
+            return None
+        name, begin = found
+        memory = self._staged[name]
+        return memory.as_strided((piece.count,), (1,), memory.storage_offset() + begin)
+
+    def _find_place(self, piece: Piece) -> tuple[str, int] | None:
+        spec = self._manifest.tensors[piece.tensor]
+        if piece.tensor in self._ingredients:
+            return None
+        runs: Counter[tuple[str, int]] = Counter()
+        for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
+            for rows in rows_of(place.shape, place.strides, place.steps):
+                if rows.count == 1 and place.parameter not in self._cast:
+                    runs[place.parameter, place.second + rows.second - place.first - rows.first] += rows.width
+        return next((where for where, count in runs.items() if count == piece.count), None)
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
@@ -295,13 +321,14 @@ class DeviceStaging:
         self._regions = []
 
     @cached_property
-    def _kept_buckets(self) -> dict[object, BatchedCopy]:
+    def _ready(self) -> Tables:
+        """What is kept of how buckets are cut and where they go."""
         tables, manifest = self._tables, self._manifest
         of = (self._plan, manifest.bucket_bytes, self._where)
         most = 4 * (manifest.nbytes // manifest.bucket_bytes + 1)  # where buckets do not come to the same places again
         if tables.buckets_of != of or len(tables.buckets) > most:
-            tables.buckets_of, tables.buckets = of, {}
-        return tables.buckets
+            tables.buckets_of, tables.buckets, tables.places = of, {}, {}
+        return tables
 
     @property
     def _where(self) -> object:
@@ -328,15 +355,15 @@ class DeviceStaging:
         self._allocate()
         return self._staged[name]
 
-    def _moves(self, bucket: Bucket, data: torch.Tensor) -> Iterator[Move]:
-        for piece in bucket.pieces:
-            spec = self._manifest.tensors[piece.tensor]
-            source = data.data_ptr() + piece.offset
+    def _moves(self, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Iterator[Move]:
+        for piece, part in pieces:
+            spec, source = self._manifest.tensors[piece.tensor], part.data_ptr()
             for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
                 target = self._staged[place.parameter].data_ptr() + place.second * spec.itemsize
                 for rows in rows_of(place.shape, place.strides, place.steps):
-                    moved = rows._replace(first=rows.first + place.first)
-                    yield Move.of(moved, source, target, spec.itemsize)
+                    move = Move.of(rows._replace(first=rows.first + place.first), source, target, spec.itemsize)
+                    if move.source != move.target:  # else it has come there by itself
+                        yield move
 
     def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[Region]:
         if number in self._lent:

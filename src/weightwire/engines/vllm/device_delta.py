@@ -18,7 +18,7 @@ from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.device import Held, Region, Version, scanned, synchronize, table_of, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
-from weightwire.updates.buckets import Bucket, copy_pieces
+from weightwire.updates.buckets import Bucket, Piece, copy_pieces
 from weightwire.updates.delta import DELTA_DTYPES, Delta
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import Digest, Pending, Scan
@@ -73,6 +73,13 @@ class DeviceDelta(ArrivingDelta):
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
         self._allocate()
         copy_pieces(bucket, data, self._bytes, fill=False)
+
+    def place(self, piece: Piece) -> torch.Tensor:
+        self._allocate()
+        return piece.of(self._bytes[piece.tensor])
+
+    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        """Each of them has come to its place."""
 
     def copy_all(self, room: int) -> bool:
         return False  # an engine that is lent the trainer's memory is sent no deltas
