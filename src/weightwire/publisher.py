@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from weightwire import sources, transports
+from weightwire import collector, sources, transports
 from weightwire.baseline import Baseline
 from weightwire.baseline_device import DeviceBaseline
 from weightwire.engines.base import KeepCache, Pause
@@ -163,15 +163,16 @@ class Publisher:
             engine.check_caller()
         end = time.monotonic() + (self._deadline if deadline is None else deadline)
         how = (partial, finite, staging, pause, keep_cache)
-        try:
-            with contextlib.closing(Run(self._means, end, kind)) as run:
+        with collector.held():
+            try:
+                with contextlib.closing(Run(self._means, end, kind)) as run:
+                    return run.publish(version, *how)
+            except (VersionError, UnsupportedError, PoisonedError) as error:
+                if kind != "auto" or not run.of_deltas or run.committing:
+                    raise
+                refused = f"the delta was refused: {error}"
+            with contextlib.closing(Run(self._means, end, "dense", refused)) as run:
                 return run.publish(version, *how)
-        except (VersionError, UnsupportedError, PoisonedError) as error:
-            if kind != "auto" or not run.of_deltas or run.committing:
-                raise
-            refused = f"the delta was refused: {error}"
-        with contextlib.closing(Run(self._means, end, "dense", refused)) as run:
-            return run.publish(version, *how)
 
     def start_from(self, base: Any, version: int) -> None:
         """Take what `base` holds, a source or what `Publisher` takes as one, for what was published last, as `version`:

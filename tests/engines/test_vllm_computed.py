@@ -664,3 +664,11 @@ def test_a_receiver_says_what_was_computed() -> None:
     assert sorted(proof["computed"]) == COMPUTED
     assert set(proof["proven"]) == {f"{name}.weight" for name in SHAPES}
     assert rank.holds(sent)
+
+
+def test_what_is_taken_whole_is_not_said_by_boxes() -> None:
+    manifest = manifest_of(weights(1))
+    assert plan_of(Model, weights(1)).takes_of(manifest.tensors) is None
+    larger = without("turned.weight") | {"turned.weight": torch.randn(12, 6)}
+    plan = plan_of(InPieces, larger)
+    assert plan.takes_of(manifest_of(larger).tensors) == plan.takes

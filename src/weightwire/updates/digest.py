@@ -141,13 +141,18 @@ def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
     >>> settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
-    tables: dict[int, list[Scan]] = {}
+    tables = {id(table): table for scan in scans if isinstance(scan, Pending) for table, _ in scan.rows}
+    known: dict[int, list[Scan]] = {}
+    # From each device all at once: to ask for a table takes longer than to read it.
+    for device in {table.device for table in tables.values()}:
+        there = {number: table for number, table in tables.items() if table.device == device}
+        rows = iter(torch.cat([*there.values()]).cpu().numpy().view(np.uint64).tolist())
+        for number, table in there.items():
+            of_table = itertools.islice(rows, len(table))
+            known[number] = [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in of_table]
 
     def read(table: torch.Tensor, row: int) -> Scan:
-        if (known := tables.get(id(table))) is None:
-            rows = table.cpu().numpy().view(np.uint64).tolist()
-            known = tables[id(table)] = [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in rows]
-        return known[row]
+        return known[id(table)][row]
 
     def total(scan: Scan | Pending) -> Scan:
         if isinstance(scan, Scan):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from weightwire.engines.vllm.computed import Group
-from weightwire.updates.boxes import Box, intersect, rectangles, strides_of
+from weightwire.updates.boxes import Box, Part, intersect, rectangles, strides_of
 from weightwire.updates.manifest import TensorSpec
 
 __all__ = ["Copy", "Fill", "Place", "Plan", "Run"]
@@ -77,6 +77,7 @@ class Plan:
     reads: dict[int, list[Box]] = field(default_factory=dict)
     parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     """The twin's own, by name, which have shapes and dtypes and no memory."""
+    _takes_all: bool | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def takes(self) -> list[list[Box]]:
@@ -85,6 +86,14 @@ class Plan:
             [*self.reads.get(number, ()), *(copy.source for copy in copies)]
             for number, copies in enumerate(self.copies)
         ]
+
+    def takes_of(self, specs: Sequence[TensorSpec]) -> list[list[Box]] | None:
+        """The same, of the tensors that it was made for; None where that is all of each, as it mostly is on one rank:
+        it would be said, and read again, by hundreds of boxes."""
+        if self._takes_all is None:
+            boxes = zip(specs, self.takes, strict=True)
+            self._takes_all = all(Part.whole(spec.shape).box in taken for spec, taken in boxes)
+        return None if self._takes_all else self.takes
 
     def places(self, spec: TensorSpec, number: int, start: int, count: int) -> Iterator[Place]:
         """Where elements `start .. start + count` (row-major) of a tensor go, given as one run of elements."""

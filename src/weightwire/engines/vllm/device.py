@@ -169,7 +169,7 @@ class DeviceStaging:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
         self._held = held
         self._arrived: list[Digest] = []
-        self.takes = plan.takes
+        self.takes = plan.takes_of(manifest.tensors)
         self._lent: dict[int, int] = {}
         self._staged: Mapping[str, torch.Tensor] = {}
         self._regions: list[Region] = []

@@ -51,7 +51,7 @@ class DeviceDelta(ArrivingDelta):
                 "what this worker holds was not proven, and a delta needs to know what it starts from",
                 next_step="Publish everything first.",
             )
-        self.takes = plan.takes
+        self.takes = plan.takes_of(manifest.tensors)
         addresses = [tensor.data_ptr() for tensors in live.values() for tensor in tensors]
         if held.places is None or held.places.plan is not plan or held.places.addresses != addresses:
             held.places = _Places.find(manifest, plan, live, device)

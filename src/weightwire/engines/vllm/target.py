@@ -241,7 +241,7 @@ class _Staged:
         self._slots = [s for s in slots if any(plan.covered.get(name) for name in s.parameters.values())]
         self._staged: dict[str, torch.Tensor] = {}
         self._spare = spare
-        self.takes = plan.takes
+        self.takes = plan.takes_of(manifest.tensors)
         self._users = Counter(name for slot in self._slots for name in set(slot.parameters.values()))
         self.nbytes = sum(self._twin[name].nbytes for name in self._users)
         self.nbytes += sum(self._twin[s.parameters["weight"]].nbytes for s in self._slots if s.packs_beside)
