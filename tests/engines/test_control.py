@@ -12,10 +12,11 @@ import msgspec
 import pytest
 import torch
 
-from weightwire.engines.control import Control
+from weightwire.engines.control import AtOnce, Control
 from weightwire.errors import (
     BusyError,
     DeadlineError,
+    EngineError,
     EngineLost,
     PoisonedError,
     RoomError,
@@ -26,7 +27,7 @@ from weightwire.errors import (
     VerificationError,
     WeightwireError,
 )
-from weightwire.receiver import Arrivals, Receiver, decode_reply
+from weightwire.receiver import Arrivals, Receiver, decode_reply, encode_call
 from weightwire.updates.boxes import Box
 from weightwire.updates.buckets import cut
 from weightwire.updates.digest import scan
@@ -225,20 +226,20 @@ async def heals(control: Control, host: FakeHost, version: int) -> None:
 # -- what goes well ------------------------------------------------------------------------------------------------
 
 
-def test_what_was_seen_while_the_rest_was_fetched_is_looked_at_again(host: FakeHost) -> None:
+def test_an_engine_is_looked_at_when_all_is_sealed(host: FakeHost) -> None:
     async def run() -> Any:
         control = Control(host)
         id = (await control.begin(manifest_of(7), "trainer", SECONDS, SECONDS, "late:7")).id
         committing = asyncio.ensure_future(control.commit(id, "keep", False, SECONDS, digests_of(7)))
         while host.log.count("poll") < 2:
             await asyncio.sleep(0.01)
-        assert host.log.count("look") == 1
+        assert host.log.count("look") == 0
         host.sent.set()
         return await committing
 
     asyncio.run(run())
     before = host.log[: host.log.index("pause keep False")]
-    assert before.count("look") == 2
+    assert before.count("look") == 1
     assert before[-2:] in (["poll", "look"], ["look", "poll"])
 
 
@@ -767,33 +768,48 @@ async def becomes(ready: Callable[[], bool]) -> None:
 # -- hosts that commit by one question ---------------------------------------------------------------------------------
 
 
-class AtOnce(FakeHost):
+class AsksOnce(FakeHost):
     """Does what vLLM's engine core does when it is asked once."""
 
     able = True
 
-    async def commit_at_once(self, mode: str, keep_cache: Any, arguments: bytes) -> tuple[list[bytes], float] | None:
+    async def commit_at_once(
+        self, mode: str, keep_cache: Any, arguments: bytes, sealing: tuple[str, bytes] | None = None
+    ) -> AtOnce | None:
         self.log.append("at once")
         if not self.able or mode != "keep":
             return None
+        sealed: list[bytes] = []
+        if sealing is not None:
+            sealed = await self.call(*sealing, None, SECONDS)
+            found = [msgspec.msgpack.decode(reply).get("ok") for reply in sealed]
+            if not all(each and each["state"] == "sealed" for each in found):
+                return AtOnce(sealed, None, 0.0)
         self.paused = True
         await self._hook("paused")
         replies = await self.call("commit", arguments, None, SECONDS)
         if all("ok" in msgspec.msgpack.decode(reply) for reply in replies):
             self.version = int(decode_reply(replies[0])["version"])
             self.paused, self.refusal = False, None
-        return replies, 0.25
+        return AtOnce(sealed, replies, 0.25)
+
+    async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
+        if not self.able:
+            return None
+        self.log.append("stage at once")
+        self.paused = True
+        return await self.call("stage", arguments, None, SECONDS)
 
 
 @pytest.fixture
-def at_once() -> Iterator[AtOnce]:
-    made = AtOnce(3)
+def at_once() -> Iterator[AsksOnce]:
+    made = AsksOnce(3)
     yield made
     for receiver in made.receivers:
         receiver.close()
 
 
-def test_an_engine_that_can_is_asked_once_to_commit(at_once: AtOnce) -> None:
+def test_an_engine_that_can_is_asked_once_to_commit(at_once: AsksOnce) -> None:
     async def run() -> None:
         receipt = await update(Control(at_once), 7)
         assert (receipt.version, receipt.pause) == (7, 0.25)
@@ -805,7 +821,7 @@ def test_an_engine_that_can_is_asked_once_to_commit(at_once: AtOnce) -> None:
 
 
 @pytest.mark.parametrize("mode", ["keep", "wait"])
-def test_an_engine_that_cannot_is_asked_step_by_step(at_once: AtOnce, mode: Any) -> None:
+def test_an_engine_that_cannot_is_asked_step_by_step(at_once: AsksOnce, mode: Any) -> None:
     async def run() -> None:
         at_once.able = mode != "keep"
         control = Control(at_once)
@@ -818,7 +834,133 @@ def test_an_engine_that_cannot_is_asked_step_by_step(at_once: AtOnce, mode: Any)
     asyncio.run(run())
 
 
-def test_asked_once_one_rank_that_fails_poisons_all(at_once: AtOnce) -> None:
+async def sealed_and_committed(control: Control, version: int, *, address: str = "test", **how: Any) -> Any:
+    """Begun with an address, and nothing else asked than to seal and commit it."""
+    manifest = how.get("manifest", manifest_of(version))
+    id = (await control.begin(manifest, "trainer", SECONDS, SECONDS, f"{address}:{version}")).id
+    return await control.commit(id, "keep", False, how.get("timeout", SECONDS), digests_of(version))
+
+
+def test_what_is_sealed_is_committed_by_the_same_question(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        for version in (7, 8):
+            at_once.log.clear()
+            assert (await sealed_and_committed(control, version)).version == version
+            assert (at_once.live(), at_once.states(), at_once.version) == ([version] * 3, {"idle"}, version)
+            assert not {"look", "resume", "label"} & set(at_once.log)
+            # However often it was asked whether all has come, the last time it was committed.
+            assert at_once.log.count("commit") == 1
+            assert at_once.log.count("at once") == at_once.log.count("seal") + at_once.log.count("poll")
+
+    asyncio.run(run())
+
+
+def test_what_comes_late_is_committed_when_it_has_come(at_once: AsksOnce) -> None:
+    async def run() -> Any:
+        committing = asyncio.ensure_future(sealed_and_committed(Control(at_once), 7, address="late"))
+        while at_once.log.count("poll") < 2:
+            await asyncio.sleep(0.01)
+        assert not at_once.paused
+        at_once.sent.set()
+        return await committing
+
+    assert asyncio.run(run()).version == 7
+    assert (at_once.live(), at_once.paused) == ([7.0] * 3, False)
+
+
+@pytest.mark.parametrize(("broken", "error"), [("seal", EngineError), ("commit", PoisonedError)])
+def test_asked_to_seal_and_commit_one_rank_that_fails(at_once: AsksOnce, broken: str, error: type[Exception]) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        await sealed_and_committed(control, 1)
+        at_once.ranks[1].break_at = broken
+        with pytest.raises(error):
+            await sealed_and_committed(control, 2)
+        poisoned = broken == "commit"
+        assert at_once.states() == {"poisoned" if poisoned else "idle"}
+        assert (at_once.refusal is not None, at_once.paused) == (poisoned, poisoned)
+        at_once.ranks[1].break_at = None
+        await heals(control, at_once, 3)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_without_a_staged_copy_it_stands_still_and_fetches_by_one_question(at_once: AsksOnce, able: bool) -> None:
+    async def run() -> None:
+        control, at_once.able = Control(at_once), able
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS, "late:7")).id
+        assert (at_once.paused, at_once.live()) == (True, [0.0] * 3)
+        assert ("stage at once" in at_once.log, "pause keep True" in at_once.log) == (able, not able)
+        at_once.sent.set()
+        await control.commit(id, "keep", False, SECONDS, digests_of(7))
+        assert (at_once.live(), at_once.states(), at_once.paused) == ([7.0] * 3, {"idle"}, False)
+
+    asyncio.run(run())
+
+
+def test_standing_still_for_a_trainer_that_is_lost_it_goes_on(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        with pytest.raises(TransportError, match="the trainer is gone"):  # as it begins, or later
+            await sealed_and_committed(control, 7, address="lost", manifest=direct(7))
+        await becomes(lambda: not at_once.paused)
+        assert (at_once.live(), at_once.refusal) == ([0.0] * 3, None)
+        await heals(control, at_once, 8)
+
+    asyncio.run(run())
+
+
+def test_asked_to_seal_and_commit_what_is_not_answered_is_not_live_or_poisons(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        await sealed_and_committed(control, 1)
+        at_once.hooks["paused"] = never
+        with pytest.raises(DeadlineError):
+            await sealed_and_committed(control, 2, timeout=SOON)
+        assert (at_once.live(), at_once.states(), at_once.paused) == ([1.0] * 3, {"idle"}, False)
+        # Some ranks have done it when the answer is lost.
+        at_once.ranks[1].break_at = "commit"
+        at_once.hooks["paused"] = lost_behind(at_once)
+        with pytest.raises(PoisonedError):
+            await sealed_and_committed(control, 3, timeout=SOON)
+        assert at_once.refusal is not None
+        at_once.ranks[1].break_at = None
+        at_once.hooks.clear()
+        await heals(control, at_once, 4)
+
+    asyncio.run(run())
+
+
+def lost_behind(host: AsksOnce) -> Callable[[], Awaitable[None]]:
+    """All ranks are asked to commit, and nobody hears what they say."""
+
+    async def hook() -> None:
+        id = host.receivers[0].status()["update"]["id"]
+        await host.call("commit", encode_call(id=id), None, SECONDS)
+        await never()
+
+    return hook
+
+
+def test_a_caller_that_is_gone_while_it_is_sealed_breaks_it_off(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        committing = asyncio.ensure_future(sealed_and_committed(control, 7, address="never"))
+        while at_once.log.count("poll") < 2:
+            await asyncio.sleep(0.01)
+        committing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await committing
+        await becomes(lambda: at_once.states() == {"idle"})
+        assert (at_once.live(), at_once.paused) == ([0.0] * 3, False)
+        await heals(control, at_once, 8)
+
+    asyncio.run(run())
+
+
+def test_asked_once_one_rank_that_fails_poisons_all(at_once: AsksOnce) -> None:
     async def run() -> None:
         control = Control(at_once)
         await update(control, 1)
@@ -834,7 +976,7 @@ def test_asked_once_one_rank_that_fails_poisons_all(at_once: AtOnce) -> None:
     asyncio.run(run())
 
 
-def test_asked_once_what_is_not_answered_in_time_does_not_go_live_later(at_once: AtOnce) -> None:
+def test_asked_once_what_is_not_answered_in_time_does_not_go_live_later(at_once: AsksOnce) -> None:
     async def run() -> None:
         control, released = Control(at_once), asyncio.Event()
         await update(control, 1)
@@ -855,8 +997,7 @@ def test_asked_once_what_is_not_answered_in_time_does_not_go_live_later(at_once:
             await update(control, 2, timeout=SOON)
         assert (at_once.live(), at_once.states(), at_once.refusal) == ([1.0] * 3, {"idle"}, None)
         released.set()
-        replies, _ = await late[0]
-        for reply in replies:
+        for reply in (await late[0]).committed:
             with pytest.raises(UpdateNotFound, match="its commit was not answered"):
                 decode_reply(reply)
         assert at_once.live() == [1.0] * 3

@@ -12,8 +12,8 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import msgspec
 
@@ -34,7 +34,7 @@ from weightwire.revisions import Revision
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import EngineReceipt, weakest
 
-__all__ = ["Control", "Host", "refuse_left_over"]
+__all__ = ["AtOnce", "Control", "Host", "refuse_left_over"]
 
 logger = logging.getLogger("vllm.weightwire.control")
 
@@ -42,7 +42,7 @@ T = TypeVar("T")
 _CLEAN_UP_SECONDS = 20.0
 _LINGER_SECONDS = 0.01  # a request that comes meanwhile waits for as long
 _WATCH_SECONDS = 0.5  # how soon it is seen that a trainer has gone silent, for which the engine stands still
-_unwaited: set[asyncio.Future[None]] = set()
+_unwaited: set[asyncio.Future[Any]] = set()
 
 
 class Host(Protocol):
@@ -84,16 +84,29 @@ class Host(Protocol):
         """From now on, new requests find these adapters, each name's newest last, and no others of ours."""
 
 
+class AtOnce(NamedTuple):
+    """Every rank's answer to the call that seals, none if nothing was to be sealed; to "commit", None if that was not
+    called; and how many seconds the engine stood still."""
+
+    sealed: list[bytes]
+    committed: list[bytes] | None
+    stood: float
+
+
 @runtime_checkable
 class CommitsAtOnce(Protocol):
     """A `Host` that can commit by one question."""
 
     async def commit_at_once(
-        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
-    ) -> tuple[list[bytes], float] | None:
-        """`pause`, `call` "commit" with these arguments, and once all ranks have done it `label` and `resume`: their
-        answers, and how many seconds the engine stood still. If one has not, it stands still. None, and nothing was
-        done, where that takes several questions."""
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes, sealing: tuple[str, bytes] | None = None
+    ) -> AtOnce | None:
+        """`before_pause`, `pause`, `call` "commit" with these arguments, and once all ranks have done it `label` and
+        `resume`. If one has not, it stands still. With `sealing`, a call and its arguments, that is called first, and
+        nothing more is done unless by its answers a whole model is sealed on every rank. None, and nothing was done,
+        where that takes several questions."""
+
+    async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
+        """`pause` with what is in flight and in the cache kept, and `call` "stage" with these arguments."""
 
 
 class Control:
@@ -153,11 +166,8 @@ class Control:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
             if in_place:
-                await self._look(deadline - time.monotonic())
-                await self._in_time(self.host.pause("keep", True), deadline - time.monotonic(), "begin")
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
-                if address is not None:
-                    await self._all("stage", deadline - time.monotonic(), id=id, address=address)
+                await self._stage_standing(id, address, deadline)
         except UsageError:
             raise  # of an id that another update has: that one goes on
         except (WeightwireError, asyncio.CancelledError) as error:
@@ -165,6 +175,18 @@ class Control:
             raise
         self._lone_adapter = id if manifest.adapter is not None and len(ranks) == 1 else None
         return Begun(id=id, ranks=len(ranks))
+
+    async def _stage_standing(self, id: str, address: str | None, deadline: float) -> None:
+        """Have the engine stand still, and then the ranks fetch."""
+        if address is not None and isinstance(self.host, CommitsAtOnce):
+            asking = self.host.stage_at_once(encode_call(id=id, address=address))
+            if (replies := await self._in_time(asking, deadline - time.monotonic(), "begin")) is not None:
+                self._answers(replies, "stage")
+                return
+        await self._look(deadline - time.monotonic())
+        await self._in_time(self.host.pause("keep", True), deadline - time.monotonic(), "begin")
+        if address is not None:
+            await self._all("stage", deadline - time.monotonic(), id=id, address=address)
 
     async def stage(self, id: str, address: str, timeout: float) -> None:
         await self._work("stage", timeout, id=id, address=address)
@@ -184,36 +206,88 @@ class Control:
         """Make it live; with `digests`, seal it first. That the caller is gone breaks it off as long as it is being
         sealed, and what is one question with that is undone; from then on not: it either happened or it did not."""
         deadline = time.monotonic() + timeout
-        if digests is not None and id == self._lone_adapter and await self._is_only_client(timeout):
+        if digests is None:
+            return await asyncio.shield(self._commit(id, pause, keep_cache, deadline))
+        if id == self._lone_adapter and await self._is_only_client(timeout):
             return await self._commit_adapter(id, deadline, digests)
-        kind: str | None = None
-        if digests is not None:
-            # Both are in the engine's queue at once: the second is answered as soon as the first is. Where that has to
-            # be asked again, what the second said is old by then.
-            hold = timeout + _CLEAN_UP_SECONDS
-            sealing = self._work("seal", timeout, hold=hold, id=id, digests=list(digests))
-            (first, *_), _ = await asyncio.gather(sealing, self._look(timeout))
-            kind = first["kind"] if "committed" in first else None
-        return await asyncio.shield(self._commit(id, pause, keep_cache, deadline, kind))
+        gone = asyncio.Event()
+        work = asyncio.ensure_future(self._seal_and_commit(id, pause, keep_cache, deadline, digests, gone))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            gone.set()
+            _leave(work)
+            raise
+
+    async def _seal_and_commit(
+        self,
+        id: str,
+        pause: Pause,
+        keep_cache: KeepCache,
+        deadline: float,
+        digests: Sequence[str],
+        gone: asyncio.Event,
+    ) -> EngineReceipt:
+        timeout = deadline - time.monotonic()
+        hold = timeout + _CLEAN_UP_SECONDS
+        host, answer, unanswered = self.host, None, False
+
+        async def ask(op: str, timeout: float, *, phase: str = "seal", **arguments: Any) -> list[Any]:
+            nonlocal answer, unanswered
+            if isinstance(host, CommitsAtOnce):
+                asking = host.commit_at_once(pause, keep_cache, encode_call(id=id), (op, encode_call(**arguments)))
+                unanswered = True
+                answer = await self._in_time(asking, timeout, phase)
+                unanswered = False
+                if answer is not None:
+                    return self._answers(answer.sealed, phase)
+            return await self._all(op, timeout, phase=phase, **arguments)
+
+        try:
+            ranks = await self._work("seal", timeout, hold=hold, ask=ask, gone=gone, id=id, digests=list(digests))
+        except BaseException:
+            if not unanswered:
+                raise
+            async with self._or_poisoned(id):  # nobody knows how far it came
+                raise
+        adapter = ranks[0]["kind"] if ranks[0]["kind"] == "adapter" else None
+        return await self._commit(id, pause, keep_cache, deadline, adapter, answer)
 
     async def _commit(
-        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float, kind: str | None
+        self,
+        id: str,
+        pause: Pause,
+        keep_cache: KeepCache,
+        deadline: float,
+        kind: str | None = None,
+        found: AtOnce | None = None,
     ) -> EngineReceipt:
-        """`kind`: of what was sealed just now; then every rank has answered what is asked first here."""
+        """`kind`: of what was sealed just now; then every rank has answered what is asked first here. `found`: if
+        ranks were asked to commit with that."""
         timeout = deadline - time.monotonic()
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
         if kind is None and self._is_sealed_adapter(id):
             kind = "adapter"
-        if kind is None:
+        if kind is None and (found is None or found.committed is None):
             kind, _ = await asyncio.gather(self._hold(id, timeout), self._look(timeout))
         if kind == "adapter":
             return await self._commit_adapter(id, deadline)
-        try:
-            parts, paused = await self._apply_at_once(id, pause, keep_cache, deadline)
+        async with self._or_poisoned(id):
+            parts, paused = await self._apply_at_once(id, pause, keep_cache, deadline, found)
             if parts is None:
                 parts, paused = await self._apply_step_by_step(id, pause, keep_cache, deadline)
             resumed = time.monotonic()
             proofs = await self._prove(id, deadline)
+        stood = max(part["stood"] for part in parts)
+        receipt = self._receipt(parts, max(paused, stood), time.monotonic() - resumed, proofs)
+        await self._record(id, receipt)
+        return receipt
+
+    @contextlib.asynccontextmanager
+    async def _or_poisoned(self, id: str) -> AsyncIterator[None]:
+        """After a commit that failed in here, engine and caller agree on what is served."""
+        try:
+            yield
         except BaseException as error:
             poisoned = await self._after_failed_commit(id)
             if poisoned is None or not isinstance(error, Exception) or isinstance(error, (PoisonedError, EngineLost)):
@@ -224,10 +298,6 @@ class Control:
                 phase="commit",
                 next_step="The engine refuses to generate. Publish a complete update to heal it.",
             ) from error
-        stood = max(part["stood"] for part in parts)
-        receipt = self._receipt(parts, max(paused, stood), time.monotonic() - resumed, proofs)
-        await self._record(id, receipt)
-        return receipt
 
     async def _is_only_client(self, timeout: float) -> bool:
         """Whether no other API server has to find out about adapters: each of its requests waits while they change."""
@@ -293,27 +363,28 @@ class Control:
         await self.refresh(timeout)
 
     async def _apply_at_once(
-        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float
+        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float, found: AtOnce | None
     ) -> tuple[list[dict[str, Any]] | None, float]:
         """What each rank says of its commit, and how long the engine stood still; None where that takes several
-        questions."""
+        questions. `found`: if they were asked already."""
         if not isinstance(self.host, CommitsAtOnce):
             return None, 0.0
         self._ended.add(id)  # if the engine stands still for this update since it began, it will not any more
-        asking = self.host.commit_at_once(pause, keep_cache, encode_call(id=id))
-        try:
-            found = await self._in_time(asking, deadline - time.monotonic(), "commit")
-        except BaseException:
-            # Nobody knows how far it came. What is not live yet must not become so any more.
-            self._ended.discard(id)
-            await self._clean_up("abort", id=id, reason="its commit was not answered")
-            raise
-        if found is None:
+        if found is None or found.committed is None:
+            asking = self.host.commit_at_once(pause, keep_cache, encode_call(id=id))
+            try:
+                found = await self._in_time(asking, deadline - time.monotonic(), "commit")
+            except BaseException:
+                # Nobody knows how far it came. What is not live yet must not become so any more.
+                self._ended.discard(id)
+                await self._clean_up("abort", id=id, reason="its commit was not answered")
+                raise
+        if found is None or found.committed is None:
             self._ended.discard(id)
             return None, 0.0
-        replies, stood = found
+        stood = found.stood
         try:
-            parts = self._answers(replies, "commit")
+            parts = self._answers(found.committed, "commit")
         except BaseException as error:
             self._ended.discard(id)
             await self._take_back(id, error)
@@ -352,6 +423,7 @@ class Control:
         """Refuse to generate, and say why, or go on with what was served before. Only the workers know which."""
         try:
             poisoned = await self.poisoned(_CLEAN_UP_SECONDS)
+            await self._look(_CLEAN_UP_SECONDS)
         except WeightwireError as lost:
             poisoned = f"its workers do not answer: {lost.message}"
         else:
@@ -418,6 +490,7 @@ class Control:
 
     async def _go_on_or_refuse(self, timeout: float) -> None:
         poisoned = await self.poisoned(timeout)
+        await self._look(timeout)
         await (self.host.refuse(poisoned) if poisoned else self.host.resume())
 
     async def give_up(self, id: str, error: BaseException, reason: str) -> None:
@@ -432,20 +505,31 @@ class Control:
     # -- asking every rank -----------------------------------------------------------------------------------------
 
     async def _work(
-        self, op: str, timeout: float, *, body: bytes | None = None, hold: float = 0.0, **arguments: Any
+        self,
+        op: str,
+        timeout: float,
+        *,
+        body: bytes | None = None,
+        hold: float = 0.0,
+        ask: Callable[..., Awaitable[list[Any]]] | None = None,
+        gone: asyncio.Event | None = None,
+        **arguments: Any,
     ) -> list[Any]:
         """Start long work on every rank and wait for it: what each says at its end. What cannot be mended by calling
-        again aborts the update. Its lease then lasts for another `hold` seconds at least."""
+        again aborts the update, and so does `gone`. Its lease then lasts for another `hold` seconds at least. `ask`, if
+        given, asks instead of `_all`."""
         id, deadline = arguments["id"], time.monotonic() + timeout
+        ask = ask or self._all
+        first = {**self._patience(op, hold), **arguments, **({} if body is None else {"body": body})}
         try:
             wait = 0.001
-            ranks = await self._all(op, timeout, body=body, **{**self._patience(op, hold), **arguments})
+            ranks = await ask(op, timeout, **first)
             while any(rank["busy"] for rank in ranks):
+                if gone is not None and gone.is_set():
+                    raise asyncio.CancelledError
                 await asyncio.sleep(wait)
                 wait = 0.001 if self.host.idle else min(wait * 1.5, 0.02)
-                ranks = await self._all(
-                    "poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op, hold)
-                )
+                ranks = await ask("poll", deadline - time.monotonic(), phase=op, id=id, **self._patience(op, hold))
             return ranks
         except (StateError, ManifestError, UpdateNotFound):
             raise
@@ -506,10 +590,16 @@ class Control:
             ) from error
 
 
-def _leave(task: asyncio.Future[None]) -> None:
+def _leave(task: asyncio.Future[Any]) -> None:
     """To itself: nobody waits for it, but something must refer to it until it is done."""
     _unwaited.add(task)
-    task.add_done_callback(_unwaited.discard)
+
+    def over(task: asyncio.Future[Any]) -> None:
+        _unwaited.discard(task)
+        if not task.cancelled():
+            task.exception()  # has been seen
+
+    task.add_done_callback(over)
 
 
 def refuse_left_over(manifest: Manifest, ranks: Sequence[Any]) -> None:

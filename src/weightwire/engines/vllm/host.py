@@ -8,9 +8,10 @@ from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from weightwire.engines.base import KeepCache, Pause
+from weightwire.engines.control import AtOnce
 from weightwire.engines.local import in_thread
 from weightwire.engines.vllm.compat import supports
-from weightwire.engines.vllm.engine_core import COMMIT
+from weightwire.engines.vllm.engine_core import COMMIT, STAGE
 from weightwire.engines.vllm.names import Names, names_of
 from weightwire.engines.vllm.spin import CALL
 from weightwire.errors import EngineLost, PoisonedError, UnsupportedError
@@ -58,23 +59,33 @@ class AsyncHost:
             raise _lost(error, self.name) from error
 
     async def commit_at_once(
-        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
-    ) -> tuple[list[bytes], float] | None:
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes, sealing: tuple[str, bytes] | None = None
+    ) -> AtOnce | None:
+        if mode != "keep" or (found := await self._at_once(COMMIT, keep_cache, arguments, sealing)) is None:
+            return None
+        sealed, committed, stood = found
+        if committed is None:
+            return AtOnce(list(sealed), None, 0.0)
+        self._accept_requests()
+        return AtOnce(list(sealed), list(committed), float(stood))
+
+    async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
+        replies = await self._at_once(STAGE, arguments)
+        return None if replies is None else list(replies)
+
+    async def _at_once(self, call: str, *arguments: Any) -> Any:
+        """What the engine core answers; None if it cannot."""
         core = self._engine.engine_core
         # With images there are caches that only `pause_generation` resets.
-        if mode != "keep" or self._engine.model_config.is_multimodal_model or not supports(core, "call_utility_async"):
+        if self._engine.model_config.is_multimodal_model or not supports(core, "call_utility_async"):
             return None
         try:
-            replies, stood = await self._watched(
-                core.call_utility_async(COMMIT, keep_cache, arguments, not self._stays_paused)
-            )
+            return await self._watched(core.call_utility_async(call, *arguments))
         except Exception as error:
-            if f"has no attribute '{COMMIT}'" in str(error):
+            if f"has no attribute '{call}'" in str(error):
                 return None  # the plugin is in the workers alone
             self._raise_if_dead()
             raise
-        self._accept_requests()
-        return list(replies), float(stood)
 
     async def before_pause(self) -> None:
         # With the weights awake and the KV cache not, as in the middle of `wake_up`, an update is welcome, but whoever

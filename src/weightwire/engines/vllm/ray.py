@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from weightwire.engines.base import KeepCache, Pause
+from weightwire.engines.control import AtOnce
 from weightwire.engines.local import LocalEngine
 from weightwire.engines.vllm.host import AsyncHost, SyncHost, kind_of
 from weightwire.errors import DeadlineError, EngineError, EngineLost, UsageError, WeightwireError
@@ -26,6 +27,9 @@ from weightwire.revisions import Revision
 
 __all__ = ["RayEngine", "answer"]
 
+_PASSED_ON = (
+    "commit_at_once", "stage_at_once", "call", "before_pause", "pause", "resume", "refuse", "label", "in_use",
+)  # fmt: skip
 _START_SECONDS = 600.0
 _PATIENCE_SECONDS = 0.05
 
@@ -70,10 +74,14 @@ class _RayHost:
         await self._ask("pause", mode, keep_cache)
 
     async def commit_at_once(
-        self, mode: Pause, keep_cache: KeepCache, arguments: bytes
-    ) -> tuple[list[bytes], float] | None:
-        found = await self._ask("commit_at_once", mode, keep_cache, arguments)
-        return None if found is None else (list(found[0]), float(found[1]))
+        self, mode: Pause, keep_cache: KeepCache, arguments: bytes, sealing: tuple[str, bytes] | None = None
+    ) -> AtOnce | None:
+        found = await self._ask("commit_at_once", mode, keep_cache, arguments, sealing)
+        return None if found is None else AtOnce(*found)
+
+    async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
+        found = await self._ask("stage_at_once", arguments)
+        return None if found is None else list(found)
 
     async def resume(self) -> None:
         await self._ask("resume")
@@ -187,9 +195,9 @@ class _Place:
                 return {"value": None}
             case "list":
                 return self._start(self._host.list([Revision(*entry) for entry in arguments[0]]))
-            case "commit_at_once" if isinstance(self._host, SyncHost):
+            case "commit_at_once" | "stage_at_once" if isinstance(self._host, SyncHost):
                 return {"value": None}
-            case "commit_at_once" | "call" | "before_pause" | "pause" | "resume" | "refuse" | "label" | "in_use":
+            case _ if method in _PASSED_ON:
                 return self._start(getattr(self._host, method)(*arguments))
         raise UsageError(f"unknown call {method!r}", next_step="Use the same version of weightwire on both sides.")
 
