@@ -16,7 +16,7 @@ import triton.language as tl
 
 from weightwire.updates.boxes import Rows
 from weightwire.updates.delta_cuda import Changes
-from weightwire.updates.digest import Pending, word_facts
+from weightwire.updates.digest import word_facts
 from weightwire.updates.factors_cuda import factors, key_of
 from weightwire.updates.rice_cuda import moved
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
@@ -76,12 +76,12 @@ class Patches:
                 lines[:, 0], lines[:, 1], lines[:, 3] = begins[mine], ends[mine], firsts[mine]
                 self._launches.append(self._ready(width, lines))
 
-    def look(self) -> list[Pending]:
-        """Note what stands where changes go. Of each site: what they add to its digest, and how many NaN and Inf they
-        bring. Changes no memory but its own."""
-        sums = torch.zeros(max(self._sites, 1), 3, dtype=torch.int64, device=self._device)
+    def look(self) -> torch.Tensor:
+        """Note what stands where changes go. Of each site: what they add to both sums of its digest, and how many NaN
+        and Inf they bring (int64, on the device). Changes no memory but its own."""
+        sums = torch.zeros(self._sites, 3, dtype=torch.int64, device=self._device)
         self._visit(_LOOK, sums)
-        return [Pending([(sums, row)]) for row in range(self._sites)]
+        return sums
 
     def write(self) -> None:
         """Write the new values over those noted, on the current stream."""

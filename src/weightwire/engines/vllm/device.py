@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
@@ -24,8 +25,8 @@ from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
-from weightwire.updates.digest import NO_DIGEST, Digest, Pending, Scan, settle
-from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, table
+from weightwire.updates.digest import Digest, Scan, settle
+from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
 
@@ -422,17 +423,17 @@ def table_of(numbered: Sequence[tuple[int, Line]], device: torch.device) -> tupl
     return table([line for _, line in numbered], device), [n for n, _ in numbered]
 
 
-def scanned(ready: Table | None) -> list[Pending]:
-    """A scan of each line of a table, queued on the current stream."""
-    return scan_lines(ready) if ready is not None and ready.lines else []
+def scanned(ready: Table | None) -> torch.Tensor | None:
+    """The sums of each line of a table, queued on the current stream; None of none."""
+    return sum_lines(ready) if ready is not None and ready.lines else None
 
 
-def totals(scans: Sequence[Pending], of: Sequence[int], count: int) -> list[Scan]:
-    """Scans of `count` regions, of which these are parts."""
-    totals = [Scan(NO_DIGEST, 0)] * count
-    for number, scan in zip(of, settle(scans), strict=True):
-        totals[number] += scan
-    return totals
+def totals(sums: torch.Tensor | None, of: Sequence[int], count: int) -> list[Scan]:
+    """Scans of `count` regions, of which these are the parts (`digest_cuda.sum_lines`); waits for them."""
+    rows = np.zeros((count, 3), np.uint64)
+    if sums is not None:
+        np.add.at(rows, np.array(of, np.int64), sums.cpu().numpy().view(np.uint64))  # modulo 2^64, as digests are
+    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in rows.tolist()]
 
 
 def synchronize(device: torch.device) -> None:

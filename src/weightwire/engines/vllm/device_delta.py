@@ -21,7 +21,7 @@ from weightwire.updates.boxes import Rows, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces
 from weightwire.updates.delta import DELTA_DTYPES, Delta
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
-from weightwire.updates.digest import Digest, Pending, Scan
+from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.digest_cuda import Table
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.patch_cuda import Patches, Site, Sites
@@ -168,9 +168,9 @@ class DeviceDelta(ArrivingDelta):
                     next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
                 )
 
-    def _unlike(self, digests: Sequence[Digest], scans: Sequence[Pending] | None = None) -> list[str]:
-        scans = scanned(self._places.lines) if scans is None else scans
-        found = totals(scans, self._places.lines_of, len(self._regions))
+    def _unlike(self, digests: Sequence[Digest], sums: torch.Tensor | None = None) -> list[str]:
+        sums = scanned(self._places.lines) if sums is None else sums
+        found = totals(sums, self._places.lines_of, len(self._regions))
         pairs = zip(self._regions, found, digests, strict=True)
         return sorted({region.copy.parameter for region, scan, digest in pairs if scan.digest != digest})
 
