@@ -105,7 +105,7 @@ def test_what_comes_is_what_was_sent(placed: range, packed: bool) -> None:
                 for number, (sent, got) in enumerate(zip(tensors, found, strict=True)):
                     assert torch.equal(got.cpu(), sent.cpu()), number
                 for number, tensor in own.items():
-                    if number < 3:  # the others are small, and come together
+                    if number < 2:  # the others come together with small ones
                         assert torch.equal(tensor.cpu(), tensors[number].cpu()), number
         finally:
             transport.close()
