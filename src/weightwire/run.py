@@ -34,6 +34,7 @@ from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
+from weightwire.streams import beside
 from weightwire.transports import Choice, Lender, Link, Pushes, Sender, SendsParts, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
@@ -105,6 +106,7 @@ class Run:
         self._lent = contextlib.ExitStack()
         self._ahead: list[torch.Tensor] = []
         self._ahead_scans: list[Scan | Pending] = []
+        self._beside: torch.cuda.Stream | None = None
         self._told: dict[str, str | None] = {}
         self._unasked: list[Callable[[], None]] = []
         self._stages: list[Future[None]] = []
@@ -388,12 +390,21 @@ class Run:
 
     def _scan_ahead(self) -> None:
         """While engines begin, have a GPU scan what it has whole, by one launch for all, which is much cheaper than one
-        for each piece."""
+        for each piece; on a stream beside, since what is sent would wait for it."""
         reads_along = self._baseline is not None and self._baseline.reads_along
         plain = self._ranks is None and not self.of_deltas and not reads_along
         if plain and Weights(self._source).device.type == "cuda":
             self._ahead = self._reading.whole
-            self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else []
+        if self._ahead:
+            self._beside = beside(self._ahead[0].device)
+            self._beside.wait_stream(torch.cuda.current_stream(self._ahead[0].device))
+            with torch.cuda.stream(self._beside):
+                self._ahead_scans = scan_tensors_any(self._ahead)
+
+    def _settle(self, scans: Sequence[Scan | Pending]) -> list[Scan]:
+        if self._beside is not None:
+            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
+        return settle(scans)
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
         links = [self._link(engine) for engine in engines]
@@ -439,7 +450,7 @@ class Run:
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
-            return settle(ahead)
+            return self._settle(ahead)
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if deltas:  # which only rank 0 has
             scans = [*scans_of(deltas)]
@@ -458,7 +469,7 @@ class Run:
             elif data is not None:
                 copy_pieces(bucket, data, [delta.data for delta in deltas], fill=True)
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
-        known = settle(scans)
+        known = self._settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
 
     def _gather(self, manifest: Manifest) -> list[Scan]:

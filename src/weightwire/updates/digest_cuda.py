@@ -228,7 +228,8 @@ def _launch(ready: Table, sums: torch.Tensor) -> None:
 def scan_again(runs: Sequence[tuple[int, int, int, torch.dtype]], device: torch.device) -> list[Pending]:
     """Scan runs of elements (`line_of`'s arguments) that were mostly scanned before: what an update scans is where it
     was at the last one, and tables of the last few hundred launches are kept."""
-    key = (*runs, device)
+    # A table is sent on the stream that scans by it; another would not wait for that.
+    key = (*runs, device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None)
     ready = _tables.pop(key, None) or table(_run_lines(runs), device)
     _tables[key] = ready
     while len(_tables) > _KEPT_TABLES:
