@@ -397,7 +397,8 @@ class Run:
             self._ahead = self._reading.whole
         if self._ahead:
             self._beside = beside(self._ahead[0].device)
-            self._beside.wait_stream(torch.cuda.current_stream(self._ahead[0].device))
+            if self._beside is not None:
+                self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
             with torch.cuda.stream(self._beside):
                 self._ahead_scans = scan_tensors_any(self._ahead)
 

@@ -5,7 +5,7 @@ made of the update's id, which the engine chose; a reader maps it, uses it, and 
 count is back to one has been read by all and is filled again. So the file system does the flow control: no counters
 in shared memory, and whoever dies, the names left are few, known, and swept by the other side.
 
-To map a page takes longer than to copy it, so a small update goes through a socket (`transports.unix_socket`).
+To map a page takes longer than to copy it, so a small update has memory that stays (`transports.unix_socket`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import BUCKET_BYTES, Link, Sender, Wait
+from weightwire.transports.memfd import SharedMemory
 from weightwire.transports.unix_socket import SocketSender, looks, receive
 from weightwire.updates.buckets import Bucket
 
@@ -45,7 +46,7 @@ class Shm:
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
         # Kept from one small update to the next: new memory takes longer than all that is done with it.
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory: SharedMemory | None = None
 
     @contextlib.contextmanager
     def offer(self, host: str) -> Iterator[str]:
@@ -75,14 +76,17 @@ class Shm:
     def sender(self, links: Sequence[Link], buckets: Sequence[Bucket], wait: Wait, lease: float) -> Sender:
         nbytes = sum(bucket.nbytes for bucket in buckets)
         if nbytes <= _SMALL_UPDATE:
-            if self._memory.numel() < nbytes:
-                self._memory = torch.empty(nbytes, dtype=torch.uint8)
+            if self._memory is None or self._memory.data.numel() < nbytes:
+                self.close()
+                self._memory = SharedMemory(nbytes)
             names = [_socket(self._root, link.update) for link in links]
             return SocketSender(_ADDRESS, names, links, buckets, wait, self._memory)
         return _Sender(self._root, links, max((b.nbytes for b in buckets), default=0), wait)
 
     def close(self) -> None:
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            memory.close()
 
 
 class _Segment:

@@ -1,11 +1,14 @@
-"""Small updates between processes of one host, through a Unix socket in the folder of the `shm` transport.
+"""Small updates between processes of one host, in memory that is handed over by a Unix socket, in the folder of the
+`shm` transport.
 
-Of a few megabytes, what counts is not how often they are copied but how much memory has to be found for them: a file
-in shared memory takes new pages and gives them back, four times as much work as the copies in and out of a socket. It
-also wakes its reader at once, and says at once that the other side is gone.
+Of a few megabytes, what counts is how much memory has to be found for them, and how often one side has to wake the
+other: segments in shared memory take new pages each time, and a socket takes 200 kB before its reader must come by. So
+all of it has one place, which the trainer keeps, and the socket says how much of that is filled. It also says at once
+that the other side is gone.
 
-Whoever reads connects to a name that follows from the update's id, and gets every bucket's bytes in order. The name is
-gone as soon as all have.
+Whoever reads connects to a name that follows from the update's id; it is gone as soon as all have. He gets the memory,
+and from then on how many of its bytes are filled, 8 bytes a time, little-endian. One byte back says that he has read
+all.
 """
 
 from __future__ import annotations
@@ -15,8 +18,9 @@ import itertools
 import os
 import select
 import socket
+import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,18 +28,20 @@ import torch
 from weightwire.errors import TransportError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link, Wait
+from weightwire.transports.memfd import SharedMemory, view_of
 from weightwire.updates.buckets import Bucket
 
 __all__ = ["SocketSender", "looks", "receive"]
 
 _LOOK_SECONDS = 0.05
 _PAUSE_SECONDS = 0.0005
+_COUNT = struct.Struct("<q")
 _FLAGS = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class SocketSender:
-    """`transports.base.Sender`. `names`: the socket's path, one a link. `memory` (uint8, 1-D) has room for all of the
-    buckets and is not read any more once this is closed."""
+    """`transports.base.Sender`. `names`: the socket's path, one a link. `memory` has room for all of the buckets; once
+    this is closed, whoever reads it has been told to stop."""
 
     def __init__(
         self,
@@ -44,7 +50,7 @@ class SocketSender:
         links: Sequence[Link],
         buckets: Sequence[Bucket],
         wait: Wait,
-        memory: torch.Tensor,
+        memory: SharedMemory,
     ) -> None:
         self.addresses: list[str | None] = [address] * len(links)
         self._wait = wait
@@ -63,29 +69,31 @@ class SocketSender:
 
     def buffer(self, bucket: Bucket) -> torch.Tensor:
         start = self._starts[bucket.index]
-        return self._memory[start : start + bucket.nbytes]
+        return self._memory.data[start : start + bucket.nbytes]
 
     def send(self, bucket: Bucket) -> None:
-        # What readers do not take at once goes out later: there is memory for all of it, and more to be filled.
         self._filled = self._starts[bucket.index] + bucket.nbytes
         self.push()
 
     def push(self) -> bool:
         """As `transports.base.Pushes`."""
         self._accept()
-        data = self._memory.numpy().data[: self._filled]
         for reader in self._readers:
-            if reader.sent < self._filled:
-                self._push(reader, data)
-        return not self._doors and all(reader.sent == self._filled for reader in self._readers)
+            if reader.told < self._filled:
+                with self._asking_why(), contextlib.suppress(BlockingIOError):
+                    reader.socket.send(_COUNT.pack(self._filled))
+                    reader.told = self._filled
+        return not self._doors and all(reader.told == self._filled for reader in self._readers)
 
     def finish(self) -> None:
         def read() -> bool:
-            while not self.push():
-                left = [reader.socket for reader in self._readers if reader.sent < self._filled]
-                if not _writable(left):
-                    return False
-            return True
+            if not self.push():
+                return False
+            left = [reader for reader in self._readers if not reader.done]
+            if left and _readable([reader.socket for reader in left]):
+                for reader in left:
+                    self._hear(reader)
+            return all(reader.done for reader in left)
 
         if not read():
             self._wait(read, "the last buckets to be read")
@@ -100,17 +108,28 @@ class SocketSender:
 
     def _accept(self) -> None:
         try:
-            for door in self._doors:
-                self._readers += door.accept()
+            come = [reader for door in self._doors for reader in door.accept()]
         except OSError as error:
             raise TransportError(f"a reader cannot be let in: {error}") from error
         self._doors = [door for door in self._doors if door.awaited]
+        self._readers += come
+        for reader in come:
+            with self._asking_why():
+                socket.send_fds(reader.socket, [_COUNT.pack(self._filled)], [self._memory.fd])
+                reader.told = self._filled
 
-    def _push(self, reader: _Reader, data: memoryview) -> None:
+    def _hear(self, reader: _Reader) -> None:
+        with self._asking_why(), contextlib.suppress(BlockingIOError):
+            if not reader.socket.recv(1):
+                raise BrokenPipeError("it hung up")
+            reader.done = True
+
+    @contextlib.contextmanager
+    def _asking_why(self) -> Iterator[None]:
         try:
-            reader.sent += reader.socket.send(data[reader.sent :])
+            yield
         except BlockingIOError:
-            pass
+            raise
         except OSError as error:
             # The engine has ended the update. Its answer to `stage` says why, and ends this wait.
             self._wait(lambda: False, "the engine to say why it ended the update")
@@ -118,9 +137,12 @@ class SocketSender:
 
 
 class _Reader:
+    """One that has come; how many bytes it was told of, and whether it has read all."""
+
     def __init__(self, to: socket.socket) -> None:
         self.socket = to
-        self.sent = 0
+        self.told = -1
+        self.done = False
         to.setblocking(False)
 
 
@@ -148,12 +170,12 @@ class _Door:
         self._name.unlink(missing_ok=True)
 
 
-def _writable(sockets: Sequence[socket.socket]) -> bool:
-    """Whether one of these takes more, or is broken, at once or after a while."""
+def _readable(sockets: Sequence[socket.socket]) -> bool:
+    """Whether one of these has something to say, or is broken, at once or after a while."""
     poll = select.poll()
     for each in sockets:
-        poll.register(each, select.POLLOUT)
-    return bool(sockets and poll.poll(1e3 * _LOOK_SECONDS))
+        poll.register(each, select.POLLIN)
+    return bool(poll.poll(1e3 * _LOOK_SECONDS))
 
 
 def _listen(name: Path, readers: int) -> socket.socket:
@@ -185,12 +207,40 @@ def _short(path: Path) -> Iterator[str]:
 
 
 def receive(name: Path, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
-    """Each bucket in turn, in memory that the next is read into."""
-    data = torch.empty(max((bucket.nbytes for bucket in arrivals.buckets), default=0), dtype=torch.uint8)
+    """Each bucket in turn, in the trainer's memory."""
+    nbytes = sum(bucket.nbytes for bucket in arrivals.buckets)
     with _connected(name, arrivals) as connection:
+        filled, memory = _memory(connection, nbytes, arrivals)
+        end = 0
         for bucket in arrivals.buckets:
-            _read(connection, data[: bucket.nbytes].numpy().data, arrivals)
-            yield bucket.index, data[: bucket.nbytes]
+            start, end = end, end + bucket.nbytes
+            while filled < end:
+                if len(said := _some(connection, arrivals)) < _COUNT.size:
+                    missing = end - max(filled, start)
+                    raise TransportError(f"the trainer hung up {missing} bytes before the end of a bucket")
+                (filled,) = _COUNT.unpack(said)
+            yield bucket.index, memory[start:end]
+        with contextlib.suppress(OSError):  # what it may not hear any more it need not
+            connection.send(b"\1")
+
+
+def _memory(connection: socket.socket, nbytes: int, arrivals: Arrivals) -> tuple[int, torch.Tensor]:
+    """What the trainer hands over, and how many bytes of it were filled by then."""
+    fds: list[int] = []
+
+    def take() -> bytes:
+        said, given, _, _ = socket.recv_fds(connection, _COUNT.size, 1)
+        fds.extend(given)
+        return said
+
+    try:
+        said = _some(connection, arrivals, take)
+        if len(said) != _COUNT.size or not fds:
+            raise TransportError("the trainer hung up, or handed over no memory")
+        return _COUNT.unpack(said)[0], view_of(fds[0], nbytes)
+    finally:
+        for fd in fds:
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -208,18 +258,12 @@ def _connected(name: Path, arrivals: Arrivals) -> Iterator[socket.socket]:
         yield connection
 
 
-def _read(connection: socket.socket, to: memoryview, arrivals: Arrivals) -> None:
-    while to:
-        count = _some(connection, to, arrivals)
-        if not count:
-            raise TransportError(f"the trainer hung up {len(to)} bytes before the end of a bucket")
-        to = to[count:]
-
-
-def _some(connection: socket.socket, to: memoryview, arrivals: Arrivals) -> int:
+def _some(connection: socket.socket, arrivals: Arrivals, take: Callable[[], bytes] | None = None) -> bytes:
+    """What the trainer says next; nothing once it has hung up."""
     for _ in looks(arrivals, pause=0.0):
         try:
-            return connection.recv_into(to)
+            # So short a message is never in two pieces.
+            return take() if take else connection.recv(_COUNT.size)
         except TimeoutError:
             continue
         except OSError as error:

@@ -62,7 +62,7 @@ class DeviceDelta(ArrivingDelta):
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
         # What is live is read while bytes are on their way, beside them: on the stream that receives, what arrives
         # would wait for it. The tables come to the device on this thread's stream.
-        self._beside = beside(device) if device.type == "cuda" else None
+        self._beside = beside(device)
         if self._beside is not None:
             self._beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._beside):
