@@ -802,7 +802,7 @@ def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | P
     pieces = bucket.pieces
     found: list[Scan | None] = [None] * len(pieces)
     if isinstance(update.staging, TakesBuckets):
-        update.staging.write_bucket(bucket, data)
+        found = [*(update.staging.write_bucket(bucket, data) or found)]
     else:
         found = [update.staging.write(piece.tensor, piece.start, piece.within(data)) for piece in pieces]
     left = [(p.offset, p.count, p.start, p.dtype) for p, scan in zip(pieces, found, strict=True) if scan is None]

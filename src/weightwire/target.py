@@ -65,10 +65,11 @@ class Staging(Protocol):
 
 @runtime_checkable
 class TakesBuckets(Protocol):
-    """A `Staging` on a GPU, where one launch for a bucket is much cheaper than one for each of its pieces."""
+    """A `Staging` where one launch or call for a bucket is much cheaper than one for each of its pieces."""
 
-    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        """`Staging.write` of each of its pieces. `data`: the whole bucket, uint8."""
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan] | None:
+        """`Staging.write` of each of its pieces. `data`: the whole bucket, uint8. Gives their scans, if these came with
+        the copying."""
 
     def copy_all(self, room: int) -> bool:
         """Stage a copy of what is lent too, if that needs no more than `room` bytes: its memory is another GPU's, and

@@ -46,6 +46,7 @@ __all__ = [
     "scan",
     "scan_and_copy",
     "scan_and_pack",
+    "scan_and_spread",
     "scan_any",
     "scan_box",
     "scan_parts",
@@ -221,6 +222,20 @@ def scan_and_pack(runs: Sequence[tuple[torch.Tensor, int, int, int]], to: torch.
             raise ValueError(f"{count} elements from {start} of {tensor.numel()}, to byte {at} of {to.numel()}")
         lines.append((tensor.data_ptr() + start * size, count, start, tensor.dtype, base + at))
     return _scan_addresses(lines)
+
+
+def scan_and_spread(runs: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> list[Scan]:
+    """`scan_and_copy` of many runs of elements by one call: each, the row-major index of its first one, and as many of
+    the same dtype to which they are copied.
+
+    >>> to = torch.zeros(3)
+    >>> scan_and_spread([(torch.arange(3.0), 5, to)]) == [scan(torch.arange(3.0), 5)], to
+    (True, tensor([0., 1., 2.]))
+    """
+    for elements, _, to in runs:
+        if elements.dtype != to.dtype or elements.numel() != to.numel():
+            raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
+    return _scan_addresses([(e.data_ptr(), e.numel(), start, e.dtype, to.data_ptr()) for e, start, to in runs])
 
 
 def scan_parts(parts: Sequence[tuple[torch.Tensor, int, int]]) -> list[Scan]:

@@ -34,7 +34,7 @@ from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
 from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
-from weightwire.updates.digest import Joined, Scan, all_finite, settle
+from weightwire.updates.digest import Joined, Scan, all_finite, scan_and_spread, settle
 from weightwire.updates.manifest import Manifest, dtype_name
 from weightwire.updates.receipt import Proof
 
@@ -382,7 +382,14 @@ class _Staged(StagedAdapter):
             return memory
 
         self._early = store.beside.submit(take)
-        self._building = store.beside.submit(lambda: self._build(self._early.result().given))
+        self._building: Future[Any] | None = None
+
+    def _begin_building(self) -> Future[Any]:
+        """When the first bytes are here, and not before: it is all Python, which keeps from the interpreter whoever is
+        about to fetch them."""
+        if self._building is None:
+            self._building = self._store.beside.submit(lambda: self._build(self._early.result().given))
+        return self._building
 
     def _build(self, given: dict[str, torch.Tensor]) -> Any:
         """vLLM's model of matrices that are still to be filled."""
@@ -398,25 +405,32 @@ class _Staged(StagedAdapter):
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._put([(tensor, start, data)])
 
-    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
+    def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan] | None:
+        return self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
 
-    def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+    def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> Sequence[Scan] | None:
         """Copy what arrived, each from an element of its tensor on, to where it belongs."""
-        if runs:
-            memory = self._early.result()
-            memory.wait_until_free()
-            places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
-            torch._foreach_copy_(places, [data for _, _, data in runs])
+        if not runs:
+            return None
+        memory = self._early.result()
+        memory.wait_until_free()
+        places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
+        self._begin_building()
+        on_cpu = memory.device.type == "cpu" and all(data.device.type == "cpu" for _, _, data in runs)
+        if on_cpu and all(data.dtype == memory.dtype for _, _, data in runs):
+            return scan_and_spread([(data, start, to) for (_, start, data), to in zip(runs, places, strict=True)])
+        torch._foreach_copy_(places, [data for _, _, data in runs])
+        return None
 
     def copy_all(self, room: int) -> bool:
         return False  # it is copied anyway, and small
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self._lent.append((tensor, 0, data.reshape(-1)))
+        self._begin_building()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        memory, built = self._early.result(), self._building.result()
+        memory, built = self._early.result(), self._begin_building().result()
         self._put(self._lent)
         self._lent.clear()
         # What arrived is checked as it arrives; what it became here may not be finite.
@@ -475,7 +489,7 @@ class _Staged(StagedAdapter):
         self._lent.clear()
         self._built = None
         self._early.cancel()
-        self._building.cancel()
+        self._begin_building().cancel()
         self._early = self._building = Future()  # whoever comes after this finds them cancelled too
         self._early.cancel()
 
