@@ -34,7 +34,6 @@ from weightwire.reading import Reading, Weights
 from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
-from weightwire.streams import beside
 from weightwire.transports import Choice, Lender, Link, Pushes, Sender, SendsParts, Transport
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
@@ -106,7 +105,6 @@ class Run:
         self._lent = contextlib.ExitStack()
         self._ahead: list[torch.Tensor] = []
         self._ahead_scans: list[Scan | Pending] = []
-        self._beside: torch.cuda.Stream | None = None
         self._told: dict[str, str | None] = {}
         self._unasked: list[Callable[[], None]] = []
         self._stages: list[Future[None]] = []
@@ -390,22 +388,13 @@ class Run:
 
     def _scan_ahead(self) -> None:
         """While engines begin, have a GPU scan what it has whole, by one launch for all, which is much cheaper than one
-        for each piece; on a stream beside, since what is sent would wait for it."""
+        for each piece. What is sent waits for it, and it is over before engines are there: beside, it would keep the
+        link from the memory."""
         reads_along = self._baseline is not None and self._baseline.reads_along
         plain = self._ranks is None and not self.of_deltas and not reads_along
         if plain and Weights(self._source).device.type == "cuda":
             self._ahead = self._reading.whole
-        if self._ahead:
-            self._beside = beside(self._ahead[0].device)
-            if self._beside is not None:
-                self._beside.wait_stream(torch.cuda.current_stream(self._beside.device))
-            with torch.cuda.stream(self._beside):
-                self._ahead_scans = scan_tensors_any(self._ahead)
-
-    def _settle(self, scans: Sequence[Scan | Pending]) -> list[Scan]:
-        if self._beside is not None:
-            torch.cuda.current_stream(self._beside.device).wait_stream(self._beside)
-        return settle(scans)
+            self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else []
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
         links = [self._link(engine) for engine in engines]
@@ -451,7 +440,7 @@ class Run:
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
-            return self._settle(ahead)
+            return settle(ahead)
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if deltas:  # which only rank 0 has
             scans = [*scans_of(deltas)]
@@ -470,7 +459,7 @@ class Run:
             elif data is not None:
                 copy_pieces(bucket, data, [delta.data for delta in deltas], fill=True)
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
-        known = self._settle(scans)
+        known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
 
     def _gather(self, manifest: Manifest) -> list[Scan]:

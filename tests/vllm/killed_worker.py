@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import itertools
 import json
 import sys
 import time
@@ -100,16 +101,17 @@ def killing(worker: int, victim: str, transport: str) -> Iterator[None]:
             HttpEngine.seal = kill_and_seal  # type: ignore[method-assign]
             undo.callback(setattr, HttpEngine, "seal", seal)
         else:
-            sender: Any = {"nccl": nccl, "gloo": gloo}[transport]._Sender
-            buffer = sender.buffer
+            # Over NCCL buckets of weights that are whole are not filled: they are sent from where these are.
+            sender, step = {"nccl": (nccl._Sender, "_broadcast"), "gloo": (gloo._Sender, "buffer")}[transport]
+            go_on, steps = getattr(sender, step), itertools.count()
 
-            def kill_and_go_on(this: Any, bucket: Any) -> Any:
-                if bucket.index == MIDDLE:
+            def kill_and_go_on(this: Any, given: Any) -> Any:
+                if next(steps) == MIDDLE:
                     servers.kill(worker)
-                return buffer(this, bucket)
+                return go_on(this, given)
 
-            sender.buffer = kill_and_go_on
-            undo.callback(setattr, sender, "buffer", buffer)
+            setattr(sender, step, kill_and_go_on)
+            undo.callback(setattr, sender, step, go_on)
         yield
 
 

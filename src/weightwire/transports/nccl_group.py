@@ -46,8 +46,6 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
             nccl: Any = dist.ProcessGroupNCCL
             options = nccl.Options()
             options._timeout = timedelta(seconds=_GRACE_SECONDS)
-            # What scans the bytes beside it is everywhere on the GPU, and would keep each launch waiting for its end.
-            options.is_high_priority_stream = True
             with _unwatched():
                 group = nccl(PrefixStore(key, store), rank, world, options)
             begun.append(group)

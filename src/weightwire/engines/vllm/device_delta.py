@@ -17,7 +17,6 @@ from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.copy_plan import Plan
 from weightwire.engines.vllm.device import Held, Region, Version, scanned, synchronize, table_of, totals
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
-from weightwire.streams import beside
 from weightwire.updates.boxes import Rows, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces
 from weightwire.updates.delta import DELTA_DTYPES, Delta
@@ -62,7 +61,7 @@ class DeviceDelta(ArrivingDelta):
         self._plan, self._device, self._held, self._before = plan, device, held, held.version
         # What is live is read while bytes are on their way, beside them: on the stream that receives, what arrives
         # would wait for it. The tables come to the device on this thread's stream.
-        self._beside = beside(device)
+        self._beside = _beside(device)
         if self._beside is not None:
             self._beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._beside):
@@ -230,6 +229,12 @@ def _refuse(regions: Sequence[Region], plan: Plan) -> None:
                 f"several tensors are one in {parameter}, and only one delta could be written there",
                 next_step="Tie them in the trainer, or publish with kind='dense'.",
             )
+
+
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream | None:
+    """One for all updates: torch keeps memory apart for each stream."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 @functools.cache
