@@ -17,7 +17,7 @@ import httpx2 as httpx
 import pytest
 
 from support.scripts import last_json
-from support.sessions import end
+from support.sessions import end, left_over
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -40,6 +40,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in Path(item.path).parents:
             item.add_marker(pytest.mark.vllm)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_segments_left() -> Iterator[None]:
+    """vLLM's own, of engines that were killed before one of their processes could remove them."""
+    before = {*Path("/dev/shm").iterdir()}
+    yield
+    for segment in left_over("vllm_dist_") - before:
+        segment.unlink(missing_ok=True)
 
 
 @dataclass
