@@ -1,6 +1,7 @@
 """Holding off the garbage collector: by several at once, and where it was off before."""
 
 import gc
+import os
 import threading
 
 import pytest
@@ -29,6 +30,16 @@ def test_it_is_on_again_when_the_last_of_several_is_done() -> None:
 def test_it_is_on_again_after_an_error() -> None:
     with pytest.raises(RuntimeError), collector.held():
         raise RuntimeError
+    assert gc.isenabled()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_meanwhile_has_it_on() -> None:
+    with collector.held():
+        child = os.fork()
+        if not child:
+            os._exit(0 if gc.isenabled() and not collector._holders else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert gc.isenabled()
 
 

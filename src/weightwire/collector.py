@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import threading
 from collections.abc import Iterator
 
@@ -38,3 +39,15 @@ def held() -> Iterator[None]:
             _holders -= 1
             if not _holders and _was_enabled:
                 gc.enable()
+
+
+def _in_child() -> None:
+    """A process that was forked meanwhile has none of the threads that hold it."""
+    global _lock, _holders
+    _lock = threading.Lock()
+    if _holders and _was_enabled:
+        gc.enable()
+    _holders = 0
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -34,6 +34,7 @@ from weightwire.errors import (
     PoisonedError,
     RoomError,
     StateError,
+    TransportError,
     UnsupportedError,
     UpdateNotFound,
     UsageError,
@@ -665,7 +666,12 @@ class Receiver:
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
-        if update.manifest.staging == "none" and not update.overwrites:
+        if update.manifest.staging != "none" or update.overwrites:
+            return
+        with self._lock:
+            # One that was aborted meanwhile has let the engine go on.
+            if update.cancelled.is_set():
+                raise TransportError("the update was aborted before anything was written")
             # Until its commit there is no version that this rank holds.
             update.overwrites = True
             self.poison(f"version {update.manifest.version} is being written over the one that was served")

@@ -379,6 +379,20 @@ def test_aborted_before_anything_was_written_the_engine_goes_on(host: FakeHost) 
     asyncio.run(run())
 
 
+def test_what_comes_after_an_abort_is_written_nowhere(host: FakeHost) -> None:
+    async def run() -> None:
+        control, receiver = Control(host), host.receivers[0]
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS)).id
+        update = receiver._update
+        assert update is not None
+        await control.abort(id, SECONDS)
+        with pytest.raises(TransportError, match="aborted before anything was written"):
+            receiver._take(update, 0, torch.ones(4096, dtype=torch.uint8))
+        assert (host.live(), host.states(), host.paused) == ([0.0] * 3, {"idle"}, False)
+
+    asyncio.run(run())
+
+
 def test_aborted_in_the_middle_the_engine_refuses_until_it_is_healed(host: FakeHost) -> None:
     async def run() -> None:
         control = Control(host)
@@ -942,6 +956,50 @@ def lost_behind(host: AsksOnce) -> Callable[[], Awaitable[None]]:
         await never()
 
     return hook
+
+
+def test_of_a_commit_that_is_not_answered_the_error_is_of_that_phase(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        at_once.hooks["paused"] = never
+        with pytest.raises(DeadlineError) as caught:
+            await sealed_and_committed(Control(at_once), 2, timeout=SOON)
+        assert caught.value.phase == "commit"
+
+    asyncio.run(run())
+
+
+def test_what_was_committed_is_not_asked_after_though_its_rank_was_busy_still(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        commit = at_once.commit_at_once
+
+        async def busy(*arguments: Any) -> AtOnce | None:
+            found = await commit(*arguments)
+            if found is None or found.committed is None:
+                return found
+            said = [msgspec.msgpack.decode(reply) for reply in found.sealed]
+            sealed = [msgspec.msgpack.encode({"ok": {**each["ok"], "busy": True}}) for each in said]
+            return found._replace(sealed=sealed)
+
+        at_once.commit_at_once = busy  # type: ignore[method-assign]
+        assert (await sealed_and_committed(Control(at_once), 7)).version == 7
+        assert at_once.live() == [7.0] * 3
+
+    asyncio.run(run())
+
+
+def test_the_watch_of_one_that_failed_lets_the_next_be(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS, "never:7")).id
+        await at_once.call("abort", encode_call(id=id), None, SECONDS)  # as a lease's end does, which tells nobody
+        again = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
+        await asyncio.sleep(1.2)
+        assert at_once.paused
+        at_once.sent.set()
+        await control.commit(again, "keep", False, SECONDS, digests_of(8))
+        assert (at_once.live(), at_once.paused) == ([8.0] * 3, False)
+
+    asyncio.run(run())
 
 
 def test_a_caller_that_is_gone_while_it_is_sealed_breaks_it_off(at_once: AsksOnce) -> None:

@@ -118,6 +118,7 @@ class Control:
         """Whether new requests on this side may not find the adapters that the ranks have."""
         self._refreshing = asyncio.Lock()
         self._ended: set[str] = set()  # updates for which the engine stood still, that were committed from here
+        self._standing: str | None = None  # the last update for which it was to stand still from its beginning
         self._lone_adapter: str | None = None  # the last that was begun from here, if there is one rank
         self._sealed: tuple[str, float] | None = None  # the last adapter that was sealed from here, and until when
 
@@ -166,6 +167,7 @@ class Control:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
             if in_place:
+                self._standing = id
                 _leave(asyncio.ensure_future(self._watch_stopped(id)))
                 await self._stage_standing(id, address, deadline)
         except UsageError:
@@ -236,11 +238,14 @@ class Control:
             nonlocal answer, unanswered
             if isinstance(host, CommitsAtOnce):
                 asking = host.commit_at_once(pause, keep_cache, encode_call(id=id), (op, encode_call(**arguments)))
-                unanswered = True
-                answer = await self._in_time(asking, timeout, phase)
+                unanswered = timeout > 0  # else it is not even asked
+                # If no answer comes, nobody knows whether it is live: that is not the phase in which nothing changes.
+                answer = await self._in_time(asking, timeout, "commit" if unanswered else phase)
                 unanswered = False
                 if answer is not None:
-                    return self._answers(answer.sealed, phase)
+                    ranks = self._answers(answer.sealed, phase)
+                    # One that is committed has nothing more to do, whatever it was about to end as it answered.
+                    return ranks if answer.committed is None else [{**rank, "busy": False} for rank in ranks]
             return await self._all(op, timeout, phase=phase, **arguments)
 
         try:
@@ -481,10 +486,17 @@ class Control:
     async def _watch_stopped(self, id: str) -> None:
         """An engine that stands still for an update must not do so for ever: if its trainer goes silent, nobody else
         hears of it."""
-        with contextlib.suppress(WeightwireError):
-            while ((await self.status((), _CLEAN_UP_SECONDS)).update or {}).get("id") == id:
-                await asyncio.sleep(_WATCH_SECONDS)
-        if id not in self._ended:
+        while True:
+            try:
+                if ((await self.status((), _CLEAN_UP_SECONDS)).update or {}).get("id") != id:
+                    break
+            except EngineLost:
+                return
+            except WeightwireError as error:
+                logger.warning("weightwire: whether the engine still stands still for an update: %s", error)
+            await asyncio.sleep(_WATCH_SECONDS)
+        # Of another that it stands still for by now, another watch takes care.
+        if id not in self._ended and self._standing == id:
             await self._go_on_or_refuse(_CLEAN_UP_SECONDS)
         self._ended.discard(id)
 

@@ -111,15 +111,15 @@ class _Sender:
         self._key = owner._group.key if owner._group else secrets.token_hex(16)
         addresses, self._world = meeting.places(self._key, links)
         self.addresses = [address + _KEPT if owner._group else address for address in addresses]
-        self._buffers: list[torch.Tensor] = []
+        self._buffers: dict[int, torch.Tensor] = {}
         self._sent: list[Any] = []
         self._finished = False
 
     def buffer(self, bucket: Bucket) -> torch.Tensor:
         slot = bucket.index % _AHEAD
-        if slot == len(self._buffers):
-            self._buffers.append(torch.empty(self._nbytes, dtype=torch.uint8, device=self._owner._device))
-        elif bucket.index >= _AHEAD:
+        if slot not in self._buffers:
+            self._buffers[slot] = torch.empty(self._nbytes, dtype=torch.uint8, device=self._owner._device)
+        if bucket.index >= _AHEAD:
             self._finish(bucket.index - _AHEAD)
         return self._buffers[slot][: bucket.nbytes]
 

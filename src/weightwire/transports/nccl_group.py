@@ -70,9 +70,16 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
 def broadcast(group: Any, parts: Sequence[torch.Tensor]) -> Any:
     """Each of these from the trainer to all, by one launch on the group's own stream. Every rank gives as many, of the
     same sizes; contiguous."""
+    runs = [part.view(torch.uint8) for part in parts]  # NCCL knows not all dtypes
     group._start_coalescing()
-    for part in parts:
-        group.broadcast([part.view(torch.uint8)], FROM_TRAINER)  # NCCL knows not all dtypes
+    try:
+        for run in runs:
+            group.broadcast([run], FROM_TRAINER)
+    except BaseException:
+        # Left open, it would take in whatever else this thread asks of NCCL, the trainer's own groups included.
+        with contextlib.suppress(RuntimeError):
+            group._end_coalescing()
+        raise
     return group._end_coalescing()
 
 
