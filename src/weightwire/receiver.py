@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
 import torch
@@ -79,6 +79,10 @@ _PROOF_SECONDS = 5.0  # of an adapter, which was proven before
 _CHECK_SECONDS = 0.005  # at most, between two model steps
 
 
+def _nowhere(piece: Piece) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arrivals:
     """What a fetch function is given: which update, which buckets, for which rank, and when to give up."""
@@ -90,7 +94,7 @@ class Arrivals:
     lease: float
     """Seconds of silence after which the sender counts as gone."""
     cancelled: threading.Event
-    place: Callable[[Piece], torch.Tensor | None] = lambda piece: None
+    place: Callable[[Piece], torch.Tensor | None] = _nowhere
     """As `target.HasPlaces`."""
 
     def landing(self) -> Landing:
@@ -615,6 +619,12 @@ class Receiver:
     # -- what runs on the receiver's own thread --------------------------------------------------------------------
 
     def _fetch_all(self, update: _Update, address: str) -> None:
+        staging = cast(HasPlaces, update.staging)  # asked only where it is one
+
+        def place(piece: Piece) -> torch.Tensor | None:
+            self._poison_what_is_overwritten(update)
+            return staging.place(piece)
+
         arrivals = Arrivals(
             update=update.id,
             rank=self._rank,
@@ -622,7 +632,7 @@ class Receiver:
             buckets=update.buckets,
             lease=update.lease,
             cancelled=update.cancelled,
-            place=lambda piece: self._place(update, piece),
+            place=place if isinstance(update.staging, HasPlaces) else _nowhere,
         )
         lent = self._open(address, arrivals)
         if lent is not None:
@@ -630,12 +640,6 @@ class Receiver:
             return
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
-
-    def _place(self, update: _Update, piece: Piece) -> torch.Tensor | None:
-        if not isinstance(update.staging, HasPlaces):
-            return None
-        self._poison_what_is_overwritten(update)
-        return update.staging.place(piece)
 
     def _take_lent(self, update: _Update, arrivals: Arrivals, lent: Lent) -> None:
         if not lent.here and self._copies(update):

@@ -497,8 +497,8 @@ class Run:
 
     def _fill(self, bucket: Bucket, data: torch.Tensor | None, scans: list[Scan | Pending]) -> None:
         if self._ahead:
-            for piece in bucket.pieces:
-                self._place(piece, data).copy_(piece.of(self._ahead[piece.tensor].reshape(-1)))
+            for piece, part in zip(bucket.pieces, self._parts(bucket), strict=True):
+                self._place(piece, data).copy_(part)
             return
         packed = None if data is None else self._reading.pack(bucket.pieces, data)
         found: Sequence[Scan | Pending] = packed or [
@@ -529,10 +529,13 @@ class Run:
 
     def _send_parts(self, bucket: Bucket) -> None:
         """Send it from where the weights are."""
-        parts = [piece.of(self._ahead[piece.tensor].reshape(-1)) for piece in bucket.pieces]
+        parts = self._parts(bucket)
         with self._sending():
             for sender in self._senders:
                 sender.send_parts(bucket, parts)  # type: ignore[attr-defined]
+
+    def _parts(self, bucket: Bucket) -> list[torch.Tensor]:
+        return [piece.of(self._ahead[piece.tensor].reshape(-1)) for piece in bucket.pieces]
 
     def _finish(self) -> None:
         with self._sending():

@@ -106,7 +106,8 @@ class CommitsAtOnce(Protocol):
         where that takes several questions."""
 
     async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
-        """`pause` with what is in flight and in the cache kept, and `call` "stage" with these arguments."""
+        """`pause` with what is in flight and in the cache kept, and `call` "stage" with these arguments. None, and
+        nothing was done, where that takes several questions."""
 
 
 class Control:
@@ -232,10 +233,10 @@ class Control:
     ) -> EngineReceipt:
         timeout = deadline - time.monotonic()
         hold = timeout + _CLEAN_UP_SECONDS
-        host, answer, unanswered = self.host, None, False
+        host, committed, unanswered = self.host, None, False
 
         async def ask(op: str, timeout: float, *, phase: str = "seal", **arguments: Any) -> list[Any]:
-            nonlocal answer, unanswered
+            nonlocal committed, unanswered
             if isinstance(host, CommitsAtOnce):
                 asking = host.commit_at_once(pause, keep_cache, encode_call(id=id), (op, encode_call(**arguments)))
                 unanswered = timeout > 0  # else it is not even asked
@@ -244,8 +245,11 @@ class Control:
                 unanswered = False
                 if answer is not None:
                     ranks = self._answers(answer.sealed, phase)
+                    if answer.committed is None:
+                        return ranks
+                    committed = answer
                     # One that is committed has nothing more to do, whatever it was about to end as it answered.
-                    return ranks if answer.committed is None else [{**rank, "busy": False} for rank in ranks]
+                    return [{**rank, "busy": False} for rank in ranks]
             return await self._all(op, timeout, phase=phase, **arguments)
 
         try:
@@ -255,8 +259,7 @@ class Control:
                 raise
             async with self._or_poisoned(id):  # nobody knows how far it came
                 raise
-        adapter = ranks[0]["kind"] if ranks[0]["kind"] == "adapter" else None
-        return await self._commit(id, pause, keep_cache, deadline, adapter, answer)
+        return await self._commit(id, pause, keep_cache, deadline, str(ranks[0]["kind"]), committed)
 
     async def _commit(
         self,
@@ -267,13 +270,12 @@ class Control:
         kind: str | None = None,
         found: AtOnce | None = None,
     ) -> EngineReceipt:
-        """`kind`: of what was sealed just now; then every rank has answered what is asked first here. `found`: if
-        ranks were asked to commit with that."""
+        """`kind`: of what was sealed just now. `found`: what was answered, where that was one question."""
         timeout = deadline - time.monotonic()
         # Asked before anything is paused: a commit that cannot succeed must not cost a pause. An adapter's costs none.
         if kind is None and self._is_sealed_adapter(id):
             kind = "adapter"
-        if kind is None and (found is None or found.committed is None):
+        if kind != "adapter" and found is None:
             kind, _ = await asyncio.gather(self._hold(id, timeout), self._look(timeout))
         if kind == "adapter":
             return await self._commit_adapter(id, deadline)
@@ -375,7 +377,7 @@ class Control:
         if not isinstance(self.host, CommitsAtOnce):
             return None, 0.0
         self._ended.add(id)  # if the engine stands still for this update since it began, it will not any more
-        if found is None or found.committed is None:
+        if found is None:
             asking = self.host.commit_at_once(pause, keep_cache, encode_call(id=id))
             try:
                 found = await self._in_time(asking, deadline - time.monotonic(), "commit")

@@ -12,9 +12,9 @@ import torch
 
 from weightwire.errors import TransportError
 
-__all__ = ["SharedMemory", "view_of"]
+__all__ = ["MAPPED", "SharedMemory", "mapped", "view_of"]
 
-_FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
+MAPPED = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -29,16 +29,21 @@ class SharedMemory:
             os.posix_fallocate(self.fd, 0, max(nbytes, 1))
             # Whoever reads it relies on that it does not become shorter: that would end his process.
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
-            memory = mmap.mmap(self.fd, max(nbytes, 1), flags=_FLAGS)
+            self.data = mapped(self.fd, nbytes)
         except OSError as error:
             self._close()
             raise TransportError(f"no room for {nbytes} bytes of shared memory: {error}") from error
-        self.data = torch.frombuffer(memory, dtype=torch.uint8)[:nbytes]
 
     def close(self) -> None:
         """Give it to nobody any more; it is freed once nobody has it."""
         self._close()
         self.data = self.data.new_empty(0)
+
+
+def mapped(fd: int, nbytes: int) -> torch.Tensor:
+    """The first bytes of a file or memory that has so many, or one. Shared, so that what others write later is seen;
+    and writable, because torch warns of memory that is not, also where nothing is written."""
+    return torch.frombuffer(mmap.mmap(fd, max(nbytes, 1), flags=MAPPED), dtype=torch.uint8)[:nbytes]
 
 
 def view_of(fd: int, nbytes: int) -> torch.Tensor:
@@ -48,7 +53,6 @@ def view_of(fd: int, nbytes: int) -> torch.Tensor:
         seals, size = fcntl.fcntl(fd, fcntl.F_GET_SEALS), os.fstat(fd).st_size
         if not seals & fcntl.F_SEAL_SHRINK or size < nbytes:
             raise TransportError(f"the memory handed over has {size} bytes, {nbytes} were announced, to stay so many")
-        # Writable, because torch warns of read-only memory; nothing ever writes to it.
-        return torch.frombuffer(mmap.mmap(fd, max(nbytes, 1), flags=_FLAGS), dtype=torch.uint8)[:nbytes]
+        return mapped(fd, nbytes)
     except OSError as error:
         raise TransportError(f"what was handed over is no memory that could be read: {error}") from error

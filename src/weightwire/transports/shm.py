@@ -22,7 +22,7 @@ import torch
 from weightwire.errors import TransportError, UsageError
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import BUCKET_BYTES, Link, Sender, Wait
-from weightwire.transports.memfd import SharedMemory
+from weightwire.transports.memfd import MAPPED, SharedMemory, mapped
 from weightwire.transports.unix_socket import SocketSender, looks, receive
 from weightwire.updates.buckets import Bucket
 
@@ -34,7 +34,6 @@ _ADDRESS = "shm:"
 _LEAST_BUCKET = 256 << 10
 _OVERLAPPING = 4
 _SMALL_UPDATE = 32 << 20
-_FLAGS = mmap.MAP_SHARED | mmap.MAP_POPULATE  # every page is going to be used; found one by one they take much longer
 
 
 class Shm:
@@ -98,7 +97,7 @@ class _Segment:
         try:
             # Reserved now: a full /dev/shm must be an error here, not a SIGBUS at the first touch.
             os.posix_fallocate(self._fd, 0, max(nbytes, 1))
-            self._map = mmap.mmap(self._fd, max(nbytes, 1), flags=_FLAGS)
+            self._map = mmap.mmap(self._fd, max(nbytes, 1), flags=MAPPED)
         except BaseException as error:
             self._remove()
             if isinstance(error, OSError):
@@ -230,12 +229,10 @@ def _open(path: Path, arrivals: Arrivals) -> int:
 
 
 def _map(fd: int) -> torch.Tensor:
-    # Writable, because torch warns of read-only memory; nothing ever writes to it. Shared, because what the trainer
-    # writes later must be seen.
     nbytes = os.fstat(fd).st_size
     if not nbytes:
         return torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(mmap.mmap(fd, nbytes, flags=_FLAGS), dtype=torch.uint8)
+    return mapped(fd, nbytes)
 
 
 def _socket(root: Path, update: str) -> Path:

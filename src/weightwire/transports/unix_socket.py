@@ -128,8 +128,6 @@ class SocketSender:
     def _asking_why(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError:
-            raise
         except OSError as error:
             # The engine has ended the update. Its answer to `stage` says why, and ends this wait.
             self._wait(lambda: False, "the engine to say why it ended the update")

@@ -197,9 +197,7 @@ def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:
     >>> scan_and_copy(torch.arange(3.0), 5, copied) == scan(torch.arange(3.0), 5), copied
     (True, tensor([0., 1., 2.]))
     """
-    if elements.dtype != to.dtype or elements.numel() != to.numel():
-        raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
-    return _scan_addresses([(elements.data_ptr(), elements.numel(), start, elements.dtype, to.data_ptr())])[0]
+    return scan_and_spread([(elements, start, to)])[0]
 
 
 def scan_and_pack(runs: Sequence[tuple[torch.Tensor, int, int, int]], to: torch.Tensor) -> list[Scan]:
@@ -280,9 +278,12 @@ def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.
     ]
 
 
-def scan_pieces_any(pieces: Sequence[tuple[torch.Tensor, int]]) -> list[Scan | Pending]:
+def scan_pieces_any(
+    pieces: Sequence[tuple[torch.Tensor, int]], device: torch.device | None = None
+) -> list[Scan | Pending]:
     """`scan_any` of each of many contiguous runs of elements, wherever they are on one device, with the index of their
-    first one; by one call, or one launch on the current stream.
+    first one; by one call, or one launch on the current stream of `device`, which is theirs or another that can reach
+    them.
 
     >>> scan_pieces_any([(torch.ones(2), 3)]) == [scan(torch.ones(2), 3)]
     True
@@ -292,7 +293,7 @@ def scan_pieces_any(pieces: Sequence[tuple[torch.Tensor, int]]) -> list[Scan | P
         return [*_scan_addresses([(address, count, start, dtype, 0) for address, start, count, dtype in runs])]
     from weightwire.updates import digest_cuda
 
-    return [*digest_cuda.scan_again(runs, pieces[0][0].device)]
+    return [*digest_cuda.scan_again(runs, device or pieces[0][0].device)]
 
 
 class Joined:
@@ -338,13 +339,8 @@ def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | Non
     >>> scan_tensors_any([torch.ones(2), torch.ones(3)]) == [scan(torch.ones(2)), scan(torch.ones(3))]
     True
     """
-    if any(tensor.device.type != "cuda" for tensor in tensors):
-        flat = [_run_of(tensor) for tensor in tensors]
-        return [*_scan_addresses([(run.data_ptr(), run.numel(), 0, run.dtype, 0) for run in flat])]
-    from weightwire.updates import digest_cuda
-
-    runs = [(tensor.data_ptr(), 0, tensor.numel(), tensor.dtype) for tensor in tensors]
-    return [*digest_cuda.scan_again(runs, device or tensors[0].device)]
+    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    return scan_pieces_any([(tensor if on_gpu else _run_of(tensor), 0) for tensor in tensors], device)
 
 
 def scan_boxes_any(parts: Sequence[tuple[torch.Tensor, Box, Sequence[int]]]) -> list[Scan | Pending]:

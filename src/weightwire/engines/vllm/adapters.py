@@ -489,7 +489,8 @@ class _Staged(StagedAdapter):
         self._lent.clear()
         self._built = None
         self._early.cancel()
-        self._begin_building().cancel()
+        if self._building is not None:
+            self._building.cancel()
         self._early = self._building = Future()  # whoever comes after this finds them cancelled too
         self._early.cancel()
 

@@ -23,7 +23,7 @@ from weightwire.engines.vllm.computed import Ingredients
 from weightwire.engines.vllm.copy_plan import Copy, Plan
 from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
-from weightwire.updates.boxes import Box, rows_of, strides_of
+from weightwire.updates.boxes import Box, Rows, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
 from weightwire.updates.digest import Digest, Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
@@ -124,11 +124,11 @@ class Tables:
     parts_of: list[int] = field(default_factory=list)
     buckets: dict[object, BatchedCopy] = field(default_factory=dict)
     """The way of each bucket into staged memory, by where it arrives."""
-    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
-    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere."""
     buckets_of: object = None
     layouts: dict[Sequence[str], Layout] = field(default_factory=dict)
     """By the names that are staged."""
+    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
+    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere."""
     layouts_of: object = None
 
 
@@ -226,7 +226,7 @@ class DeviceStaging:
             for piece, part in pieces:
                 self._copy_in(piece.tensor, piece.start, part)
             return
-        kept = self._ready.buckets
+        kept = self._kept_buckets
         key = (bucket.index, *(part.data_ptr() for part in parts))
         if key not in kept:
             kept[key] = BatchedCopy(self._moves(pieces), self._device)
@@ -235,7 +235,7 @@ class DeviceStaging:
     def place(self, piece: Piece) -> torch.Tensor | None:
         """As `target.HasPlaces`."""
         self._allocate()
-        kept = self._ready.places
+        kept = self._tables.places
         if piece not in kept:
             kept[piece] = self._find_place(piece)
         if (found := kept[piece]) is None:
@@ -245,14 +245,12 @@ class DeviceStaging:
         return memory.as_strided((piece.count,), (1,), memory.storage_offset() + begin)
 
     def _find_place(self, piece: Piece) -> tuple[str, int] | None:
-        spec = self._manifest.tensors[piece.tensor]
         if piece.tensor in self._ingredients:
             return None
         runs: Counter[tuple[str, int]] = Counter()
-        for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
-            for rows in rows_of(place.shape, place.strides, place.steps):
-                if rows.count == 1 and place.parameter not in self._cast:
-                    runs[place.parameter, place.second + rows.second - place.first - rows.first] += rows.width
+        for parameter, rows in self._rows(piece):
+            if rows.count == 1 and parameter not in self._cast:
+                runs[parameter, rows.second - rows.first] += rows.width
         return next((where for where, count in runs.items() if count == piece.count), None)
 
     def copy_all(self, room: int) -> bool:
@@ -322,14 +320,13 @@ class DeviceStaging:
         self._regions = []
 
     @cached_property
-    def _ready(self) -> Tables:
-        """What is kept of how buckets are cut and where they go."""
+    def _kept_buckets(self) -> dict[object, BatchedCopy]:
         tables, manifest = self._tables, self._manifest
         of = (self._plan, manifest.bucket_bytes, self._where)
         most = 4 * (manifest.nbytes // manifest.bucket_bytes + 1)  # where buckets do not come to the same places again
         if tables.buckets_of != of or len(tables.buckets) > most:
-            tables.buckets_of, tables.buckets, tables.places = of, {}, {}
-        return tables
+            tables.buckets_of, tables.buckets = of, {}
+        return tables.buckets
 
     @property
     def _where(self) -> object:
@@ -341,7 +338,7 @@ class DeviceStaging:
     def _layout(self, names: Sequence[str]) -> Layout:
         tables = self._tables
         if tables.layouts_of is not self._plan:
-            tables.layouts_of, tables.layouts = self._plan, {}
+            tables.layouts_of, tables.layouts, tables.places = self._plan, {}, {}
         if names not in tables.layouts:
             sizes = [-(-self._live[name][0].nbytes // _ALIGNMENT) * _ALIGNMENT for name in names]
             begins = itertools.accumulate(sizes, initial=0)
@@ -358,13 +355,20 @@ class DeviceStaging:
 
     def _moves(self, pieces: Sequence[tuple[Piece, torch.Tensor]]) -> Iterator[Move]:
         for piece, part in pieces:
-            spec, source = self._manifest.tensors[piece.tensor], part.data_ptr()
-            for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
-                target = self._staged[place.parameter].data_ptr() + place.second * spec.itemsize
-                for rows in rows_of(place.shape, place.strides, place.steps):
-                    move = Move.of(rows._replace(first=rows.first + place.first), source, target, spec.itemsize)
-                    if move.source != move.target:  # else it has come there by itself
-                        yield move
+            for parameter, rows in self._rows(piece):
+                move = Move.of(rows, part.data_ptr(), self._staged[parameter].data_ptr(), piece.dtype.itemsize)
+                if move.source != move.target:  # else it has come there by itself
+                    yield move
+
+    def _rows(self, piece: Piece) -> Iterator[tuple[str, Rows]]:
+        """The parameters that a piece goes to, and which rows of it (first) to which of theirs (second)."""
+        spec = self._manifest.tensors[piece.tensor]
+        for place in self._plan.places(spec, piece.tensor, piece.start, piece.count):
+            for rows in rows_of(place.shape, place.strides, place.steps):
+                yield (
+                    place.parameter,
+                    rows._replace(first=rows.first + place.first, second=rows.second + place.second),
+                )
 
     def _places(self, number: int, spec: TensorSpec, copy: Copy) -> list[Region]:
         if number in self._lent:
