@@ -15,8 +15,9 @@ from weightwire.errors import SourceError, WeightwireError
 from weightwire.sources.base import LocalSource, Source, SpreadSource
 from weightwire.updates.boxes import NOTHING, Part
 from weightwire.updates.buckets import Piece
-from weightwire.updates.digest import Pending, Scan, scan_and_pack, scan_any, scan_runs
+from weightwire.updates.digest import Pending, Scan, scan_any, scan_runs
 from weightwire.updates.manifest import TensorSpec
+from weightwire.updates.packing import Lying, narrow, pack
 
 __all__ = ["Reading", "Weights"]
 
@@ -70,7 +71,9 @@ class Reading:
         if not whole or whole[0].device.type != "cpu":
             return None
         if self._dtypes == self._sent:
-            return scan_and_pack([(whole[p.tensor], p.start, p.count, p.offset) for p in pieces], to)
+            return pack(pieces, self._lying, to)
+        if {*self._dtypes} == {torch.float32} and {*self._sent} == {torch.bfloat16}:
+            return narrow(pieces, self._lying, to)
         torch._foreach_copy_([p.within(to) for p in pieces], [p.of(whole[p.tensor].view(-1)) for p in pieces])
         return scan_runs(to, [(p.offset, p.count, p.start, p.dtype) for p in pieces])
 
@@ -98,6 +101,10 @@ class Reading:
         if not ordered or ordered[0].device.type == "cpu":
             return ordered
         return [tensor.to(dtype) for tensor, dtype in zip(ordered, self._sent, strict=True)]
+
+    @functools.cached_property
+    def _lying(self) -> Lying:
+        return Lying(self.whole)
 
     def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 
-from weightwire.engines.vllm.adapters import _Slot
+from weightwire.engines.vllm.adapters import _Binding, _Slot
+from weightwire.errors import VerificationError
 from weightwire.updates.digest import scan
 
 
@@ -68,3 +70,60 @@ def test_a_slot_is_compared_with_what_it_was_to_hold_wherever_that_is() -> None:
     assert slot.is_as(turned)[0]
     turned[0].zero_()  # these are copied each time
     assert not slot.is_as(turned)[0]
+
+
+def binding(**modules: Any) -> _Binding:
+    manager = SimpleNamespace(_adapter_manager=SimpleNamespace(modules=modules, packed_modules={}))
+    made = _Binding(manager, None)
+    made.modules = modules
+    return made
+
+
+def given_for(bound: _Binding) -> dict[str, list[torch.Tensor | None]]:
+    # In another order than that in which the modules are looked up.
+    names = reversed(bound.modules)
+    return {name: [torch.randn_like(place) for place in bound._slot(1).places[name]] for name in names}
+
+
+def test_a_slot_is_filled_with_what_each_module_is_given() -> None:
+    bound = binding(qkv=linear(), experts=experts())
+    given = given_for(bound)
+    proof, held = bound.fill(1, given)
+    places = bound._slot(1).places
+    assert proof == {"qkv": "read back", "experts": "read back"}
+    assert all(torch.equal(*pair) for name in given for pair in zip(places[name], given[name], strict=True))
+    assert held == scan(torch.cat([part.reshape(-1) for name in places for part in given[name]])).digest.hex()
+    other = bound._slot(0).places.values()
+    assert not any(place.any() for found in other for place in found)
+
+
+def test_what_one_call_fills_is_as_what_is_copied_piece_by_piece() -> None:
+    whole, turned = binding(qkv=linear(), experts=experts()), binding(qkv=linear(), experts=experts())
+    given = given_for(whole)
+    strided = {name: [part.mT.contiguous().mT for part in parts] for name, parts in given.items()}
+    assert whole.fill(1, given) == turned.fill(1, strided)
+    places = zip(whole._slot(1).joined._held, turned._slot(1).joined._held, strict=True)
+    assert all(torch.equal(*pair) for pair in places)
+
+
+def test_beside_what_is_smaller_or_missing_nothing_is_left() -> None:
+    bound = binding(qkv=linear())
+    bound.fill(1, given_for(bound))
+    small = torch.ones(1, 8)
+    bound.fill(1, {"qkv": [small, torch.ones(6, 1), None]})
+    a, q, k = bound._slot(1).places["qkv"]
+    assert torch.equal(a, torch.cat([small, torch.zeros(1, 8)]))
+    assert torch.equal(q, torch.stack([torch.ones(6), torch.zeros(6)], 1))
+    assert not k.any()
+
+
+@pytest.mark.parametrize("layout", ["whole", "strided"])
+def test_a_module_that_does_not_hold_what_it_was_given_is_named(layout: str) -> None:
+    lost = linear()
+    lost.lora_b_stacked = (lost.lora_b_stacked[0], lost.lora_b_stacked[0][:, :, :4])  # of one memory
+    bound = binding(experts=experts(), qkv=lost)
+    given = given_for(bound)
+    if layout == "strided":
+        given["experts"] = [part.mT.contiguous().mT for part in given["experts"] if part is not None]
+    with pytest.raises(VerificationError, match="qkv was read back and does not hold"):
+        bound.fill(1, given)

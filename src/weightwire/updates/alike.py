@@ -9,7 +9,7 @@ import numba
 import numpy as np
 import torch
 
-from weightwire.updates.digest import bytes_at
+from weightwire.updates.digest import bytes_at, differ
 
 __all__ = ["alike"]
 
@@ -40,14 +40,7 @@ def alike(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _differ(lines: Any) -> Any:
     for i in range(lines.shape[0]):
-        ones, others = (
-            numba.carray(bytes_at(lines[i, 0]), lines[i, 2]),
-            numba.carray(bytes_at(lines[i, 1]), lines[i, 2]),
-        )
-        different = np.uint8(0)
-        # To its end and not to the first that differs: so the compiler takes many at a time.
-        for j in range(lines[i, 2]):
-            different |= ones[j] ^ others[j]
-        if different:
+        size = lines[i, 2]
+        if differ(numba.carray(bytes_at(lines[i, 0]), size), numba.carray(bytes_at(lines[i, 1]), size)):
             return True
     return False

@@ -43,10 +43,9 @@ __all__ = [
     "Scan",
     "all_finite",
     "bytes_at",
+    "differ",
     "scan",
     "scan_and_copy",
-    "scan_and_pack",
-    "scan_and_spread",
     "scan_any",
     "scan_box",
     "scan_parts",
@@ -55,12 +54,15 @@ __all__ = [
     "scan_rows",
     "scan_runs",
     "scan_runs_any",
+    "scan_table",
     "scan_tensors_any",
     "settle",
+    "sum_rows",
     "word_facts",
 ]
 
 _MASK = (1 << 64) - 1
+_FILLED = 256 << 10
 _BLOCK = 1024  # words at a time: their factors stay in the first-level cache
 # Exponent masks: an element is NaN or infinite when all its exponent bits are set. float8_e4m3fn has no infinity
 # and a single NaN pattern, so its mask covers the whole magnitude.
@@ -197,43 +199,9 @@ def scan_and_copy(elements: torch.Tensor, start: int, to: torch.Tensor) -> Scan:
     >>> scan_and_copy(torch.arange(3.0), 5, copied) == scan(torch.arange(3.0), 5), copied
     (True, tensor([0., 1., 2.]))
     """
-    return scan_and_spread([(elements, start, to)])[0]
-
-
-def scan_and_pack(runs: Sequence[tuple[torch.Tensor, int, int, int]], to: torch.Tensor) -> list[Scan]:
-    """Runs of elements out of many tensors, copied into one piece of memory and scanned, by one call and in one pass.
-
-    `runs`: a contiguous tensor on the CPU, the row-major index of the first element, their number, and the byte of `to`
-    (1-D, uint8, on the CPU) to which they go.
-
-    >>> to = torch.zeros(12, dtype=torch.uint8)
-    >>> scan_and_pack([(torch.arange(6.0), 2, 2, 4)], to) == [scan(torch.tensor([2.0, 3.0]), start=2)]
-    True
-    >>> to.view(torch.float32)
-    tensor([0., 2., 3.])
-    """
-    base = to.data_ptr()
-    lines = []
-    for tensor, start, count, at in runs:
-        size = tensor.element_size()
-        if not (0 <= start <= start + count <= tensor.numel() and 0 <= at <= at + count * size <= to.numel()):
-            raise ValueError(f"{count} elements from {start} of {tensor.numel()}, to byte {at} of {to.numel()}")
-        lines.append((tensor.data_ptr() + start * size, count, start, tensor.dtype, base + at))
-    return _scan_addresses(lines)
-
-
-def scan_and_spread(runs: Sequence[tuple[torch.Tensor, int, torch.Tensor]]) -> list[Scan]:
-    """`scan_and_copy` of many runs of elements by one call: each, the row-major index of its first one, and as many of
-    the same dtype to which they are copied.
-
-    >>> to = torch.zeros(3)
-    >>> scan_and_spread([(torch.arange(3.0), 5, to)]) == [scan(torch.arange(3.0), 5)], to
-    (True, tensor([0., 1., 2.]))
-    """
-    for elements, _, to in runs:
-        if elements.dtype != to.dtype or elements.numel() != to.numel():
-            raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
-    return _scan_addresses([(e.data_ptr(), e.numel(), start, e.dtype, to.data_ptr()) for e, start, to in runs])
+    if elements.dtype != to.dtype or elements.numel() != to.numel():
+        raise ValueError(f"{elements.numel()} {elements.dtype} cannot be copied to {to.numel()} {to.dtype}")
+    return _scan_addresses([(elements.data_ptr(), elements.numel(), start, elements.dtype, to.data_ptr())])[0]
 
 
 def scan_parts(parts: Sequence[tuple[torch.Tensor, int, int]]) -> list[Scan]:
@@ -323,10 +291,30 @@ class Joined:
         else:
             self._table = _table([(run.data_ptr(), run.numel(), start, run.dtype, 0) for run, start in runs])
 
+    def fill(self, others: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
+        """On a CPU: copy into each its counterpart, contiguous and of the same size, and read them back: whether they
+        hold the same bits now, and what they hold. By one call, and while it is in the processor's cache.
+
+        >>> joined = Joined([two := torch.zeros(2), three := torch.zeros(3)])
+        >>> joined.fill([torch.ones(2), torch.ones(3)]) == (True, joined.scan())
+        True
+        >>> two, three
+        (tensor([1., 1.]), tensor([1., 1., 1.]))
+        """
+        others = [each for each in others if each.numel()]
+        if self._on_gpu or self.of_copies or not all(each.is_contiguous() for each in others):
+            raise ValueError("only contiguous tensors on a CPU are filled by one call, and from such")
+        if [each.nbytes for each in others] != self._table[:, 1].tolist():
+            raise ValueError(f"{len(others)} tensors, and not those that are {len(self._table)} here")
+        table = self._table.copy()
+        table[:, 3] = [each.data_ptr() for each in others]
+        alike, low, high, nonfinite = _fill_runs(table)
+        return bool(alike), Scan(Digest(int(low), int(high)), int(nonfinite))
+
     def scan(self) -> Scan | Pending:
         """What they hold now; where that is a GPU, queued on its current stream."""
         if not self._on_gpu:
-            return sum(_scan_table(self._table), _NOTHING)
+            return sum(scan_table(self._table), _NOTHING)
         from weightwire.updates import digest_cuda
 
         return Pending([(digest_cuda.sum_lines(self._table).sum(0, keepdim=True), 0)])
@@ -403,17 +391,21 @@ def scan_rows(rows: torch.Tensor, starts: npt.NDArray[np.int64]) -> npt.NDArray[
 def _scan_addresses(lines: Sequence[tuple[int, int, int, torch.dtype, int]]) -> list[Scan]:
     """Each line: the address of a run, its number of elements, the index of the first one, its dtype, and the address
     to which it is copied, or 0. Whoever calls this holds the memory and has looked at the bounds."""
-    return _scan_table(_table(lines))
+    return scan_table(_table(lines))
 
 
 def _table(lines: Sequence[tuple[int, int, int, torch.dtype, int]]) -> npt.NDArray[np.int64]:
-    return np.array([_line(*line) for line in lines], np.int64)
+    return np.array([_line(*line) for line in lines], np.int64).reshape(-1, 7)
 
 
-def _scan_table(table: npt.NDArray[np.int64]) -> list[Scan]:
+def scan_table(table: npt.NDArray[np.int64], sum_runs: Any = None) -> list[Scan]:
+    """What lies where each line of int64 says: its address, length and first place in its tensor, in bytes, the address
+    to which it is copied or 0, and the `word_facts` of its dtype. Whoever calls this holds the memory and has looked at
+    the bounds. `sum_runs`: compiled code that does something else with such lines before it sums up (low, high,
+    nonfinite) of each."""
     if not len(table):
         return []
-    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in _sum_runs(table).tolist()]
+    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in (sum_runs or _sum_runs)(table).tolist()]
 
 
 def _line(address: int, count: int, start: int, dtype: torch.dtype, to: int) -> tuple[int, ...]:
@@ -478,7 +470,7 @@ def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
     size = rows.element_size()
     pitch = rows.stride(0)
     memory = rows.as_strided(((count - 1) * pitch + width,), (1,)).view(torch.uint8).numpy()
-    low, high, nonfinite = _sum_rows(
+    low, high, nonfinite = sum_rows(
         memory,
         memory[:0],
         rows.data_ptr(),
@@ -572,7 +564,7 @@ def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _sum_rows(
+def sum_rows(
     memory: Any,
     to: Any,
     address: Any,
@@ -637,6 +629,13 @@ def bytes_at(typing: Any, address: Any) -> Any:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _copy(to: Any, memory: Any) -> None:
+    # Not as a slice, for which each place would be asked for the other's stride.
+    for i in range(to.size):
+        to[i] = memory[i]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _sum_runs(lines: Any) -> Any:
     sums = np.empty((lines.shape[0], 3), np.uint64)
     for i in range(lines.shape[0]):
@@ -645,14 +644,49 @@ def _sum_runs(lines: Any) -> Any:
         copied = numba.carray(bytes_at(to), width if to else 0)
         if to and (address - to) & 3:
             # Words of one straddle words of the other.
-            copied[:] = memory
+            _copy(copied, memory)
             copied = copied[:0]
-        low, high, nonfinite = _sum_rows(
+        low, high, nonfinite = sum_rows(
             memory, copied, address, 1, width, width, start, 0,
             np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
         )  # fmt: skip
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
     return sums
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def differ(ones: Any, others: Any) -> Any:
+    """In compiled code: whether two arrays of bytes of one length differ."""
+    different = np.uint8(0)
+    # To its end and not to the first that differs: so the compiler takes many at a time.
+    for i in range(ones.size):
+        different |= ones[i] ^ others[i]
+    return different != 0
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _fill_runs(lines: Any) -> Any:
+    alike, low, high, nonfinite = True, np.uint64(0), np.uint64(0), np.int64(0)
+    first = 0
+    while first < lines.shape[0]:
+        # So many at a time as stay in a second-level cache until they have been read back.
+        end, room = first, _FILLED
+        while end < lines.shape[0] and (end == first or lines[end, 1] <= room):
+            width = lines[end, 1]
+            _copy(numba.carray(bytes_at(lines[end, 0]), width), numba.carray(bytes_at(lines[end, 3]), width))
+            room -= width
+            end += 1
+        for i in range(first, end):
+            address, width = lines[i, 0], lines[i, 1]
+            place, other = numba.carray(bytes_at(address), width), numba.carray(bytes_at(lines[i, 3]), width)
+            alike = alike and not differ(place, other)
+            a, b, c = sum_rows(
+                place, place[:0], address, 1, width, width, lines[i, 2], 0,
+                np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
+            )  # fmt: skip
+            low, high, nonfinite = low + a, high + b, nonfinite + c
+        first = end
+    return alike, low, high, nonfinite
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -34,8 +34,9 @@ from weightwire.revisions import Revision
 from weightwire.updates.adapter import check_adapter
 from weightwire.updates.alike import alike
 from weightwire.updates.buckets import Bucket
-from weightwire.updates.digest import Joined, Scan, all_finite, scan_and_spread, settle
+from weightwire.updates.digest import Joined, Scan, all_finite, settle
 from weightwire.updates.manifest import Manifest, dtype_name
+from weightwire.updates.packing import spread
 from weightwire.updates.receipt import Proof
 
 __all__ = ["AdapterStore", "path_of"]
@@ -115,17 +116,17 @@ class AdapterStore:
         built: Any,
         memory: AdapterMemory,
     ) -> tuple[dict[str, Proof], str]:
-        """Have vLLM load and activate a revision, and read it back (`_Binding.read_back`). `memory`: what its tensors
-        are parts of."""
+        """Have vLLM load and activate a revision, and read it back (`_Binding.fill`). `memory`: what its tensors are
+        parts of."""
         from vllm.lora.request import LoRARequest
 
         self._built[revision.id] = built
         if memory.device.type == "cpu":  # of a GPU's, only copies on the host are left after the commit
             self._memory[revision.id] = memory
-        with binding.filling() as given:
+        with binding.noting() as given:
             self._manager.add_adapter(LoRARequest(revision.label, revision.id, path_of(revision)))
         slots: list[int | None] = self._manager._adapter_manager.lora_index_to_id
-        return binding.read_back(slots.index(revision.id), given, self.beside)
+        return binding.fill(slots.index(revision.id), given)
 
     def keep(self, revision: Revision, sent: Callable[[], tuple[dict[str, torch.Tensor], Any]]) -> None:
         """Hold a revision that has entered, for when vLLM asks for it again: what was sent, and PEFT's helper of it,
@@ -266,15 +267,14 @@ class _Binding:
             raise ManifestError("the adapter binds to no module of this engine")
 
     @contextlib.contextmanager
-    def filling(self) -> Iterator[dict[str, list[torch.Tensor | None]]]:
-        """While this lasts, what vLLM sets of these modules is noted, by the module's name, and at its end all of it is
-        put into the slots at once: one by one, hundreds of small matrices take longer than their bytes."""
+    def noting(self) -> Iterator[dict[str, list[torch.Tensor | None]]]:
+        """While this lasts, what vLLM sets of these modules is noted, by the module's name, for `fill` to put all of it
+        into the slot at once: one by one, hundreds of small matrices take longer than their bytes."""
         plain = _plain_setters()
         given: dict[str, list[torch.Tensor | None]] = {}
-        slots: dict[str, int] = {}
 
         def note(name: str, module: Any, index: int, a: Any, b: Any) -> None:
-            given[name], slots[name] = _on_this_rank(module, a, b), index
+            given[name] = _on_this_rank(module, a, b)
 
         noting = {name: module for name, module in self.modules.items() if type(module).set_lora in plain}
         for name, module in noting.items():
@@ -284,17 +284,6 @@ class _Binding:
         finally:
             for module in noting.values():
                 module.__dict__.pop("set_lora", None)
-        places, parts = [], []
-        filled = {number: self._slot(number) for number in set(slots.values())}
-        for name, matrices in given.items():
-            for place, part in zip(filled[slots[name]].places[name], matrices, strict=True):
-                smaller = part is None or part.shape != place.shape
-                if smaller:
-                    place.zero_()  # of what the adapter before has left beside a smaller one
-                if part is not None:
-                    places.append(place[: part.shape[0], : part.shape[1]] if smaller else place)
-                    parts.append(part)
-        torch._foreach_copy_(places, parts)
 
     def _slot(self, number: int) -> _Slot:
         slot = self._slots.get(number)
@@ -302,38 +291,43 @@ class _Binding:
             slot = self._slots[number] = _Slot(self.modules, number)
         return slot
 
-    def read_back(
-        self, slot: int, given: Mapping[str, Sequence[torch.Tensor | None]], beside: ThreadPoolExecutor
-    ) -> tuple[dict[str, Proof], str]:
-        """How each live module was shown to hold in `slot` what it was `given`, and one digest of what they all hold.
-        Of hundreds of small matrices, which are compared and scanned together where a call for each would cost more."""
-        proof: dict[str, Proof] = {}
+    def fill(self, slot: int, given: Mapping[str, Sequence[torch.Tensor | None]]) -> tuple[dict[str, Proof], str]:
+        """Put into `slot` what was noted. How each live module was shown to hold what it was given, and one digest of
+        what they all hold."""
+        of_slot = self._slot(slot)
+        proof: dict[str, Proof] = {name: "read back" if name in given else "staged" for name in of_slot.places}
+        pairs = [
+            pair for name, places in of_slot.places.items() if name in given
+            for pair in zip(places, given[name], strict=True)
+        ]  # fmt: skip
+        whole = [part for place, part in pairs if part is not None and _fits(part, place)]
+        if len(whole) == of_slot.matrices and not (whole[0].is_cuda or of_slot.joined.of_copies):
+            same, scan = of_slot.joined.fill(whole)
+        else:
+            _copy_into(pairs)
+            same, scan = self._read_back(of_slot, given)
+        if not same:
+            unlike = (name for name, parts in given.items() if not _holds(of_slot.places[name], parts))
+            wrong = next(unlike, "one of its modules")
+            raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
+        return proof, scan.digest.hex()
+
+    def _read_back(self, of_slot: _Slot, given: Mapping[str, Sequence[torch.Tensor | None]]) -> tuple[bool, Scan]:
+        """Of hundreds of small matrices, which are compared and scanned together where a call for each would cost more.
+        The scan is without what fills a slot up, and with what could not be compared."""
         held: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         expected: list[torch.Tensor] = []
-        of_slot = self._slot(slot)
         for name, found in of_slot.places.items():
             parts = given.get(name)
-            proof[name] = "staged" if parts is None else "read back"
             held += found if parts is None else [part for part in parts if part is not None]
             if parts is not None:
                 places += found
                 expected += [_filled_up(part, place) for part, place in zip(parts, found, strict=True)]
-        # Without what fills a slot up, and with what could not be compared.
         whole = len(held) == len(places) == of_slot.matrices and _numel(held) == of_slot.numel
         if whole and held[0].is_cuda:
-            same, scan = of_slot.is_as(expected)
-        else:
-            joined = of_slot.joined if whole else Joined(held)
-            # A CPU has time for it while this thread compares; on a GPU another thread's stream would have to wait.
-            scanning = None if any(each.is_cuda for each in held) else beside.submit(joined.scan)
-            same = alike(places, expected)
-            scan = settle([scanning.result() if scanning else joined.scan()])[0]
-        if not same:
-            unlike = (n for n, parts in given.items() if not _holds(of_slot.places[n], parts))
-            wrong = next(unlike, "one of its modules")
-            raise VerificationError(f"{wrong} was read back and does not hold the adapter that was sent")
-        return proof, scan.digest.hex()
+            return of_slot.is_as(expected)
+        return alike(places, expected), settle([Joined(held).scan()])[0]
 
 
 def _plain_setters() -> tuple[Any, ...]:
@@ -406,21 +400,22 @@ class _Staged(StagedAdapter):
         self._put([(tensor, start, data)])
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan] | None:
-        return self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
-
-    def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> Sequence[Scan] | None:
-        """Copy what arrived, each from an element of its tensor on, to where it belongs."""
-        if not runs:
-            return None
         memory = self._early.result()
-        memory.wait_until_free()
-        places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
-        self._begin_building()
-        on_cpu = memory.device.type == "cpu" and all(data.device.type == "cpu" for _, _, data in runs)
-        if on_cpu and all(data.dtype == memory.dtype for _, _, data in runs):
-            return scan_and_spread([(data, start, to) for (_, start, data), to in zip(runs, places, strict=True)])
-        torch._foreach_copy_(places, [data for _, _, data in runs])
+        on_cpu = memory.device.type == data.device.type == "cpu"
+        if on_cpu and all(piece.dtype == memory.dtype for piece in bucket.pieces):
+            self._begin_building()
+            return spread(bucket.pieces, data, memory.lying)
+        self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
         return None
+
+    def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
+        """Copy what arrived, each from an element of its tensor on, to where it belongs."""
+        if runs:
+            memory = self._early.result()
+            memory.wait_until_free()
+            places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
+            self._begin_building()
+            torch._foreach_copy_(places, [data for _, _, data in runs])
 
     def copy_all(self, room: int) -> bool:
         return False  # it is copied anyway, and small
@@ -596,6 +591,23 @@ def _is_made_of(built: Any, given: dict[str, torch.Tensor]) -> bool:
         return False
     own = {tensor.data_ptr() for tensor in given.values()}
     return all({lora.lora_a.data_ptr(), lora.lora_b.data_ptr()} <= own for lora in built.loras.values())
+
+
+def _fits(part: torch.Tensor, place: torch.Tensor) -> bool:
+    return part.shape == place.shape and part.dtype == place.dtype and part.is_contiguous()
+
+
+def _copy_into(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
+    """Into each place what is to be there."""
+    to, parts = [], []
+    for place, part in pairs:
+        smaller = part is None or part.shape != place.shape
+        if smaller:
+            place.zero_()  # of what the adapter before has left beside a smaller one
+        if part is not None:
+            to.append(place[: part.shape[0], : part.shape[1]] if smaller else place)
+            parts.append(part)
+    torch._foreach_copy_(to, parts)
 
 
 def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
