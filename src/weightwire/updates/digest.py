@@ -154,16 +154,11 @@ def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
             of_table = itertools.islice(rows, len(table))
             known[number] = [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in of_table]
 
-    def read(table: torch.Tensor, row: int) -> Scan:
-        return known[id(table)][row]
-
     def total(scan: Scan | Pending) -> Scan:
         if isinstance(scan, Scan):
             return scan
-        first, *others = [read(*row) for row in scan.rows]
-        if not others and scan.known is _NOTHING:
-            return first
-        return sum(others, first + scan.known)
+        found = [known[id(table)][row] for table, row in scan.rows]
+        return found[0] if len(found) == 1 and scan.known is _NOTHING else sum(found, scan.known)
 
     return [total(scan) for scan in scans]
 
