@@ -33,7 +33,7 @@ from weightwire.errors import (
 )
 from weightwire.receiver import Arrivals, Lent, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
-from weightwire.updates.buckets import Bucket, Piece, cut
+from weightwire.updates.buckets import cut
 from weightwire.updates.digest import Scan, scan, scan_and_copy
 from weightwire.updates.manifest import Adapter, Manifest, TensorSpec
 
@@ -632,46 +632,6 @@ def test_what_is_lent_is_taken_whole_and_verified() -> None:
 
 def _never_fetched(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
     raise AssertionError("nothing is fetched of what is lent")
-
-
-class Placed(FakeStaging):
-    """In which what is `wide` arrives where it stays."""
-
-    def place(self, piece: Piece) -> torch.Tensor | None:
-        return piece.of(self.staged[0]) if piece.tensor == 0 else None
-
-    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
-        for piece, part in zip(bucket.pieces, parts, strict=True):
-            piece.of(self.staged[piece.tensor]).copy_(part)
-
-
-@pytest.mark.parametrize("harmed", [None, 0])
-def test_what_comes_to_its_place_is_scanned_once_all_has_come_and_what_passes_at_once(harmed: int | None) -> None:
-    target = FakeTarget()
-    staging = Placed(target, None)
-    target.prepare = lambda manifest: staging  # type: ignore[method-assign]
-    sent, passing = values(3), torch.zeros(WEIGHTS[1].numel)
-
-    def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, Sequence[torch.Tensor]]]:
-        for bucket in arrivals.buckets:
-            parts = []
-            for piece in bucket.pieces:
-                place = arrivals.place(piece)
-                parts.append(passing if place is None else place)
-                parts[-1].copy_(piece.of(sent[piece.tensor]))
-            yield bucket.index, parts
-            passing.fill_(float("nan"))  # only lent
-            if bucket.index == harmed:
-                staging.staged[0][0] = 77.0
-
-    receiver = Receiver(target, fetch, background=False)
-    receiver.begin("u", manifest_of(1), "trainer", 60.0, address="somewhere")
-    if harmed is None:
-        receiver.seal("u", digests(3))
-        assert [scan.digest.hex() for scan in staging.scans] == digests(3)
-    else:
-        with pytest.raises(VerificationError, match="wide"):
-            receiver.seal("u", digests(3))
 
 
 def test_a_partial_update_begun_before_a_poisoning_cannot_heal_it() -> None:

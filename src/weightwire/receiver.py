@@ -129,9 +129,6 @@ class _Update:
     delta: DeltaStaging | None
     buckets: tuple[Bucket, ...]
     scans: list[Scan | Pending]
-    unread: list[tuple[Piece, torch.Tensor]] = field(default_factory=list)
-    """Pieces that have come to where they stay, and that memory. A scan beside what is on its way would keep the link
-    from the memory for longer than it takes afterwards, of all at once."""
     known: list[Scan] = field(default_factory=list)
     received: set[int] = field(default_factory=set)
     overwrites: bool = False
@@ -667,10 +664,9 @@ class Receiver:
             return
         self._poison_what_is_overwritten(update)
         bucket = update.buckets[index]
-        if isinstance(data, torch.Tensor):
-            _add(update, bucket.pieces, _write(update, bucket, data))
-        else:
-            _write_parts(update, bucket, data)
+        scans = _write(update, bucket, data) if isinstance(data, torch.Tensor) else _write_parts(update, bucket, data)
+        for piece, scanned in zip(bucket.pieces, scans, strict=True):
+            update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
@@ -686,9 +682,6 @@ class Receiver:
 
     def _arrived(self, update: _Update, buckets: Iterable[int]) -> None:
         complete = len(update.received.union(buckets)) == len(update.buckets)
-        if complete:
-            _scan(update, update.unread)
-            update.unread.clear()
         known = settle(update.scans) if complete else []
         with self._lock:
             update.received.update(buckets)
@@ -800,7 +793,6 @@ class Receiver:
         if update.revision is not None:
             self._dropped.append(update.revision)
         # Behind whatever the thread is doing, so that memory is not taken from under it.
-        self._submit(update.unread.clear)
         self._submit(update.staging.discard)
         self._submit(lambda: self._sweep(update.id))
 
@@ -828,26 +820,12 @@ def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | P
     return [next(scans) if scanned is None else scanned for scanned in found]
 
 
-def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
-    """The same of a bucket whose pieces lie apart, some of them where they stay."""
+def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+    """The same of a bucket whose pieces lie apart."""
     staging = update.staging
     assert isinstance(staging, HasPlaces)
     staging.write_parts(bucket, parts)
-    passing: list[tuple[Piece, torch.Tensor]] = []
-    for piece, part in zip(bucket.pieces, parts, strict=True):
-        place = staging.place(piece)
-        stays = place is not None and place.data_ptr() == part.data_ptr()
-        (update.unread if stays else passing).append((piece, part))
-    _scan(update, passing)
-
-
-def _scan(update: _Update, parts: Sequence[tuple[Piece, torch.Tensor]]) -> None:
-    _add(update, [piece for piece, _ in parts], scan_pieces_any([(part, piece.start) for piece, part in parts]))
-
-
-def _add(update: _Update, pieces: Sequence[Piece], scans: Sequence[Scan | Pending]) -> None:
-    for piece, scanned in zip(pieces, scans, strict=True):
-        update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
+    return scan_pieces_any([(part, piece.start) for part, piece in zip(parts, bucket.pieces, strict=True)])
 
 
 @contextlib.contextmanager
