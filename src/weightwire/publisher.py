@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from weightwire import collector, sources, transports
+from weightwire import interpreter, sources, transports
 from weightwire.baseline import Baseline
 from weightwire.baseline_device import DeviceBaseline
 from weightwire.engines.base import KeepCache, Pause
@@ -163,7 +163,7 @@ class Publisher:
             engine.check_caller()
         end = time.monotonic() + (self._deadline if deadline is None else deadline)
         how = (partial, finite, staging, pause, keep_cache)
-        with collector.held():
+        with interpreter.collecting_later(), interpreter.taking_turns():
             try:
                 with contextlib.closing(Run(self._means, end, kind)) as run:
                     return run.publish(version, *how)

@@ -17,7 +17,7 @@ from weightwire.updates.boxes import NOTHING, Part
 from weightwire.updates.buckets import Piece
 from weightwire.updates.digest import Pending, Scan, scan_any, scan_runs
 from weightwire.updates.manifest import TensorSpec
-from weightwire.updates.packing import Lying, narrow, pack
+from weightwire.updates.packing import narrow, pack
 
 __all__ = ["Reading", "Weights"]
 
@@ -71,9 +71,9 @@ class Reading:
         if not whole or whole[0].device.type != "cpu":
             return None
         if self._dtypes == self._sent:
-            return pack(pieces, self._lying, to)
+            return pack(pieces, whole, to)
         if {*self._dtypes} == {torch.float32} and {*self._sent} == {torch.bfloat16}:
-            return narrow(pieces, self._lying, to)
+            return narrow(pieces, whole, to)
         torch._foreach_copy_([p.within(to) for p in pieces], [p.of(whole[p.tensor].view(-1)) for p in pieces])
         return scan_runs(to, [(p.offset, p.count, p.start, p.dtype) for p in pieces])
 
@@ -96,15 +96,14 @@ class Reading:
     def whole(self) -> list[torch.Tensor]:
         """The tensors themselves, where they are all of them contiguous and on one device; on a GPU cast."""
         whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]
-        alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
+        # What stands for tensors elsewhere, as a DTensor does, has no memory of its own.
+        alike = len({tensor.device for tensor in whole}) == 1 and all(
+            tensor.is_contiguous() and (tensor.data_ptr() or not tensor.numel()) for tensor in whole
+        )
         ordered = [whole[n] for n in self._order] if alike else []
         if not ordered or ordered[0].device.type == "cpu":
             return ordered
         return [tensor.to(dtype) for tensor, dtype in zip(ordered, self._sent, strict=True)]
-
-    @functools.cached_property
-    def _lying(self) -> Lying:
-        return Lying(self.whole)
 
     def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:

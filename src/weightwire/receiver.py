@@ -42,6 +42,7 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
+from weightwire.interpreter import collecting_later, taking_turns
 from weightwire.landing import Landing, room_for
 from weightwire.pull import pull
 from weightwire.revisions import Revision, Revisions
@@ -597,7 +598,8 @@ class Receiver:
                 raise StateError(f"unknown operation {op!r}", next_step="Install the same weightwire on both sides.")
             values = msgspec.msgpack.decode(arguments, type=dict[str, Any])
             self._drop()  # this is the engine's own thread, where a lease's end is not
-            reply = {"ok": call(**values) if body is None else call(**values, body=body)}
+            with collecting_later():
+                reply = {"ok": call(**values) if body is None else call(**values, body=body)}
         except WeightwireError as error:
             reply = {"error": error.to_wire()}
         except Exception as error:
@@ -733,7 +735,9 @@ class Receiver:
         def run() -> None:
             if update.cancelled.is_set() or update.error is not None:
                 return
-            with _noting_errors(update, self._rank, phase):
+            # To fetch may take minutes, in which the engine's own garbage would stay.
+            hurry = collecting_later() if phase == "seal" else contextlib.nullcontext()
+            with _noting_errors(update, self._rank, phase), taking_turns(), hurry:
                 started = time.perf_counter()
                 work()
                 update.seconds[phase] += time.perf_counter() - started

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from weightwire.engines.vllm import adapters
 from weightwire.engines.vllm.adapters import _Binding, _Slot
 from weightwire.errors import VerificationError
-from weightwire.updates.digest import scan
+from weightwire.updates.digest import Joined, scan
 
 
 def linear() -> Any:
@@ -97,11 +98,16 @@ def test_a_slot_is_filled_with_what_each_module_is_given() -> None:
     assert not any(place.any() for found in other for place in found)
 
 
-def test_what_one_call_fills_is_as_what_is_copied_piece_by_piece() -> None:
+def test_what_one_call_fills_is_as_what_is_copied_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     whole, turned = binding(qkv=linear(), experts=experts()), binding(qkv=linear(), experts=experts())
     given = given_for(whole)
+    calls = []
+    for where, name in ((adapters, "_copy_into"), (Joined, "fill")):
+        plain = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, name=name, plain=plain: (calls.append(name), plain(*args))[1])
     strided = {name: [part.mT.contiguous().mT for part in parts] for name, parts in given.items()}
     assert whole.fill(1, given) == turned.fill(1, strided)
+    assert calls == ["fill", "_copy_into"]
     places = zip(whole._slot(1).joined._held, turned._slot(1).joined._held, strict=True)
     assert all(torch.equal(*pair) for pair in places)
 
@@ -127,3 +133,12 @@ def test_a_module_that_does_not_hold_what_it_was_given_is_named(layout: str) -> 
         given["experts"] = [part.mT.contiguous().mT for part in given["experts"] if part is not None]
     with pytest.raises(VerificationError, match="qkv was read back and does not hold"):
         bound.fill(1, given)
+
+
+def test_what_vllm_has_set_itself_is_left_as_it_is() -> None:
+    bound = binding(qkv=linear())
+    bound._slot(1).places["qkv"][0].fill_(2.0)
+    proof, held = bound.fill(1, {})
+    assert proof == {"qkv": "staged"}
+    assert held == bound._slot(1).joined.scan().digest.hex()
+    assert (bound._slot(1).places["qkv"][0] == 2.0).all()

@@ -42,6 +42,7 @@ __all__ = [
     "Pending",
     "Scan",
     "all_finite",
+    "as_scans",
     "bytes_at",
     "differ",
     "scan",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 _MASK = (1 << 64) - 1
-_FILLED = 256 << 10
+_FILLED = 256 << 10  # bytes at a time: they stay in the second-level cache until they have been read back
 _BLOCK = 1024  # words at a time: their factors stay in the first-level cache
 # Exponent masks: an element is NaN or infinite when all its exponent bits are set. float8_e4m3fn has no infinity
 # and a single NaN pattern, so its mask covers the whole magnitude.
@@ -277,6 +278,7 @@ class Joined:
         self._held = held if hold else copies
         starts = itertools.accumulate((run.numel() for run in held), initial=0)
         runs = [(run, start) for run, start in zip(held, starts, strict=False) if run.numel()]
+        self._dtypes = [run.dtype for run, _ in runs]
         self._on_gpu = any(run.device.type == "cuda" for run, _ in runs)
         if self._on_gpu:
             from weightwire.updates import digest_cuda
@@ -286,8 +288,16 @@ class Joined:
         else:
             self._table = _table([(run.data_ptr(), run.numel(), start, run.dtype, 0) for run, start in runs])
 
+    @functools.cached_property
+    def can_be_filled(self) -> bool:
+        """Whether `fill` can be asked for: they lie on a CPU, each contiguous, and no two have memory in common."""
+        if self._on_gpu or self.of_copies:
+            return False
+        runs = self._table[np.argsort(self._table[:, 0]), :2]
+        return bool((runs[:-1].sum(axis=1) <= runs[1:, 0]).all())
+
     def fill(self, others: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
-        """On a CPU: copy into each its counterpart, contiguous and of the same size, and read them back: whether they
+        """Copy into each its counterpart, contiguous and of the same dtype and size, and read them back: whether they
         hold the same bits now, and what they hold. By one call, and while it is in the processor's cache.
 
         >>> joined = Joined([two := torch.zeros(2), three := torch.zeros(3)])
@@ -297,14 +307,14 @@ class Joined:
         (tensor([1., 1.]), tensor([1., 1., 1.]))
         """
         others = [each for each in others if each.numel()]
-        if self._on_gpu or self.of_copies or not all(each.is_contiguous() for each in others):
-            raise ValueError("only contiguous tensors on a CPU are filled by one call, and from such")
-        if [each.nbytes for each in others] != self._table[:, 1].tolist():
+        if not self.can_be_filled or not all(each.is_contiguous() for each in others):
+            raise ValueError("only contiguous tensors on a CPU, each apart, are filled by one call, and from such")
+        if [(each.nbytes, each.dtype) for each in others] != [*zip(self._table[:, 1], self._dtypes, strict=True)]:
             raise ValueError(f"{len(others)} tensors, and not those that are {len(self._table)} here")
         table = self._table.copy()
         table[:, 3] = [each.data_ptr() for each in others]
-        alike, low, high, nonfinite = _fill_runs(table)
-        return bool(alike), Scan(Digest(int(low), int(high)), int(nonfinite))
+        same, low, high, nonfinite = _fill_runs(table)
+        return bool(same), Scan(Digest(int(low), int(high)), int(nonfinite))
 
     def scan(self) -> Scan | Pending:
         """What they hold now; where that is a GPU, queued on its current stream."""
@@ -393,14 +403,16 @@ def _table(lines: Sequence[tuple[int, int, int, torch.dtype, int]]) -> npt.NDArr
     return np.array([_line(*line) for line in lines], np.int64).reshape(-1, 7)
 
 
-def scan_table(table: npt.NDArray[np.int64], sum_runs: Any = None) -> list[Scan]:
+def scan_table(table: npt.NDArray[np.int64]) -> list[Scan]:
     """What lies where each line of int64 says: its address, length and first place in its tensor, in bytes, the address
     to which it is copied or 0, and the `word_facts` of its dtype. Whoever calls this holds the memory and has looked at
-    the bounds. `sum_runs`: compiled code that does something else with such lines before it sums up (low, high,
-    nonfinite) of each."""
-    if not len(table):
-        return []
-    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in (sum_runs or _sum_runs)(table).tolist()]
+    the bounds."""
+    return as_scans(_sum_runs(table)) if len(table) else []
+
+
+def as_scans(sums: npt.NDArray[np.uint64]) -> list[Scan]:
+    """Rows (low, high, nonfinite) as scans."""
+    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in sums.tolist()]
 
 
 def _line(address: int, count: int, start: int, dtype: torch.dtype, to: int) -> tuple[int, ...]:
@@ -559,7 +571,7 @@ def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def sum_rows(
+def sum_rows(  # compiled into other files' kernels, too: their caches do not notice that it was changed
     memory: Any,
     to: Any,
     address: Any,
@@ -651,7 +663,7 @@ def _sum_runs(lines: Any) -> Any:
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def differ(ones: Any, others: Any) -> Any:
-    """In compiled code: whether two arrays of bytes of one length differ."""
+    """In compiled code, also of other files (see `sum_rows`): whether two arrays of bytes of one length differ."""
     different = np.uint8(0)
     # To its end and not to the first that differs: so the compiler takes many at a time.
     for i in range(ones.size):
@@ -664,7 +676,6 @@ def _fill_runs(lines: Any) -> Any:
     alike, low, high, nonfinite = True, np.uint64(0), np.uint64(0), np.int64(0)
     first = 0
     while first < lines.shape[0]:
-        # So many at a time as stay in a second-level cache until they have been read back.
         end, room = first, _FILLED
         while end < lines.shape[0] and (end == first or lines[end, 1] <= room):
             width = lines[end, 1]

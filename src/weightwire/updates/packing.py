@@ -7,7 +7,7 @@ as a table, to which each call only adds where the memory lies.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numba
@@ -16,91 +16,88 @@ import numpy.typing as npt
 import torch
 
 from weightwire.updates.buckets import Piece
-from weightwire.updates.digest import Scan, bytes_at, scan_table, sum_rows, word_facts
+from weightwire.updates.digest import Scan, as_scans, bytes_at, scan_table, sum_rows, word_facts
 
-__all__ = ["Lying", "narrow", "pack", "spread"]
-
-
-class Lying:
-    """Where contiguous tensors on the CPU lie.
-
-    >>> Lying([torch.zeros(3), torch.zeros(2, 2)]).nbytes.tolist()
-    [12, 16]
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._held = tensors
-        self.addresses = np.array([tensor.data_ptr() for tensor in tensors], np.int64)
-        self.nbytes = np.array([tensor.nbytes for tensor in tensors], np.int64)
+__all__ = ["narrow", "pack", "spread"]
 
 
-def pack(pieces: Sequence[Piece], tensors: Lying, to: torch.Tensor) -> list[Scan]:
+Tensors = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]
+"""By their number: contiguous, on the CPU, and held by whoever calls."""
+
+
+def pack(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[Scan]:
     """Each piece of its tensor into the memory of their bucket (uint8, 1-D), and a scan of it.
 
     >>> to = torch.zeros(12, dtype=torch.uint8)
-    >>> source = torch.arange(6.0)
-    >>> scans = pack([Piece(0, 2, 2, 4, torch.float32)], Lying([source]), to)
+    >>> scans = pack([Piece(0, 2, 2, 4, torch.float32)], [torch.arange(6.0)], to)
     >>> to.view(torch.float32)
     tensor([0., 2., 3.])
     """
-    table = _table(tuple(pieces))
-    rows = _within(table, tensors.nbytes, to)
-    return scan_table(_lines(table, tensors.addresses[rows] + table[:, 1], to.data_ptr() + table[:, 3]))
+    facts = _facts(tuple(pieces))
+    addresses = _addresses(pieces, tensors, facts, to, 1)
+    return scan_table(_lines(facts, addresses + facts[:, _START], to.data_ptr() + facts[:, _OFFSET]))
 
 
-def spread(pieces: Sequence[Piece], data: torch.Tensor, tensors: Lying) -> list[Scan]:
+def spread(pieces: Sequence[Piece], data: torch.Tensor, tensors: Tensors) -> list[Scan]:
     """The other way: each piece out of the memory of their bucket to its place in its tensor.
 
     >>> target = torch.zeros(3)
-    >>> scans = spread([Piece(0, 1, 2, 0, torch.float32)], torch.ones(2).view(torch.uint8), Lying([target]))
+    >>> scans = spread([Piece(0, 1, 2, 0, torch.float32)], torch.ones(2).view(torch.uint8), [target])
     >>> target
     tensor([0., 1., 1.])
     """
-    table = _table(tuple(pieces))
-    rows = _within(table, tensors.nbytes, data)
-    return scan_table(_lines(table, data.data_ptr() + table[:, 3], tensors.addresses[rows] + table[:, 1]))
+    facts = _facts(tuple(pieces))
+    addresses = _addresses(pieces, tensors, facts, data, 1)
+    return scan_table(_lines(facts, data.data_ptr() + facts[:, _OFFSET], addresses + facts[:, _START]))
 
 
-def narrow(pieces: Sequence[Piece], tensors: Lying, to: torch.Tensor) -> list[Scan]:
+def narrow(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[Scan]:
     """`pack` of pieces that are announced as bfloat16, from tensors of float32, rounded as torch does: to the nearest,
-    of two the even one. The scans are of what was packed.
+    of two the even one; a NaN becomes 0x7FC0, whatever torch makes of it. The scans are of what was packed.
 
     >>> to = torch.zeros(4, dtype=torch.uint8)
-    >>> scans = narrow([Piece(0, 0, 2, 0, torch.bfloat16)], Lying([torch.tensor([1.0, 1.001])]), to)
+    >>> scans = narrow([Piece(0, 0, 2, 0, torch.bfloat16)], [torch.tensor([1.0, 1.001])], to)
     >>> to.view(torch.bfloat16)
     tensor([1., 1.], dtype=torch.bfloat16)
     """
-    table = _table(tuple(pieces))
-    rows = _within(table, tensors.nbytes // 2, to)
-    lines = _lines(table, tensors.addresses[rows] + 2 * table[:, 1], to.data_ptr() + table[:, 3])
-    return scan_table(lines, _narrow_runs)
+    facts = _facts(tuple(pieces))
+    addresses = _addresses(pieces, tensors, facts, to, 2)
+    return as_scans(_narrow_runs(_lines(facts, addresses + 2 * facts[:, _START], to.data_ptr() + facts[:, _OFFSET])))
+
+
+_START, _SIZE, _OFFSET = range(3)
 
 
 @functools.lru_cache(maxsize=256)
-def _table(pieces: tuple[Piece, ...]) -> npt.NDArray[np.int64]:
-    """Of each: its tensor, where it begins there, its length and where it begins in its bucket, in bytes, and what a
-    scan has to know of its dtype."""
-    facts = [
-        (p.tensor, p.start * (size := p.dtype.itemsize), p.count * size, p.offset, *word_facts(p.dtype)) for p in pieces
-    ]
-    return np.array(facts, np.int64).reshape(-1, 7)
+def _facts(pieces: tuple[Piece, ...]) -> npt.NDArray[np.int64]:
+    """Of each: where it begins in its tensor, its length, and where it begins in its bucket, in bytes, and what a scan
+    has to know of its dtype."""
+    sizes = ((piece, piece.dtype.itemsize) for piece in pieces)
+    facts = [(p.start * size, p.count * size, p.offset, *word_facts(p.dtype)) for p, size in sizes]
+    made = np.array(facts, np.int64).reshape(-1, 6)
+    made.setflags(write=False)
+    return made
 
 
-def _within(table: npt.NDArray[np.int64], nbytes: npt.NDArray[np.int64], data: torch.Tensor) -> npt.NDArray[np.int64]:
-    """The tensors' numbers. Raises unless all of it lies within these and within the bucket."""
-    rows, starts, counts, offsets = table[:, 0], table[:, 1], table[:, 2], table[:, 3]
-    inside = (starts + counts <= nbytes[rows]) & (offsets + counts <= data.numel())
+def _addresses(
+    pieces: Sequence[Piece], tensors: Tensors, facts: npt.NDArray[np.int64], data: torch.Tensor, wider: int
+) -> npt.NDArray[np.int64]:
+    """Where each piece's tensor begins. Raises unless all of it lies within that, each element of which takes so many
+    times the bytes of the piece's, and within the bucket."""
+    own = [tensors[piece.tensor] for piece in pieces]
+    nbytes = np.array([tensor.nbytes for tensor in own], np.int64) // wider
+    start, size, offset = facts[:, :3].T
+    inside = (facts[:, :3] >= 0).all(axis=1) & (start + size <= nbytes) & (offset + size <= data.numel())
     if not inside.all():
-        raise ValueError(f"{np.count_nonzero(~inside)} of {len(rows)} pieces go beyond their tensors or their bucket")
-    return rows
+        raise ValueError(f"{np.count_nonzero(~inside)} of {len(own)} pieces go beyond their tensors or their bucket")
+    return np.array([tensor.data_ptr() for tensor in own], np.int64)
 
 
 def _lines(
-    table: npt.NDArray[np.int64], sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+    facts: npt.NDArray[np.int64], sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.int64]:
-    lines = table.copy()
-    lines[:, 0], lines[:, 1], lines[:, 2], lines[:, 3] = sources, table[:, 2], table[:, 1], targets
-    return lines
+    """As `scan_table` takes them."""
+    return np.column_stack([sources, facts[:, _SIZE], facts[:, _START], targets, facts[:, 3:]])
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from weightwire.engines.vllm.spare import uses
 from weightwire.updates.manifest import TensorSpec
-from weightwire.updates.packing import Lying
 
 __all__ = ["AdapterMemory", "SpareMemory", "is_a"]
 
@@ -51,11 +49,6 @@ class AdapterMemory:
                 spec, self.rows[number] = self.specs[number], part
                 self.sent[spec.name], self.given[spec.name] = part.view(spec.shape), owned.view(spec.shape)
             self.flat.append((flat, own))
-
-    @functools.cached_property
-    def lying(self) -> Lying:
-        """Where `rows` are, on a CPU."""
-        return Lying([self.rows[number] for number in range(len(self.rows))])
 
     def free_after(self, stream: torch.cuda.Stream | None) -> None:
         """Not to be written before what `stream` has been given to do by now is done."""

@@ -76,6 +76,9 @@ class AdapterStore:
         )
         self.loads: dict[str, int] = {}
         """How often vLLM has asked for each path."""
+        if self.dtype is not None:
+            # Compiled before the engine's own thread wants it.
+            self.beside.submit(Joined([torch.zeros(1)]).fill, [torch.zeros(1)])
 
     @property
     def dtype(self) -> str | None:
@@ -300,8 +303,10 @@ class _Binding:
             pair for name, places in of_slot.places.items() if name in given
             for pair in zip(places, given[name], strict=True)
         ]  # fmt: skip
-        whole = [part for place, part in pairs if part is not None and _fits(part, place)]
-        if len(whole) == of_slot.matrices and not (whole[0].is_cuda or of_slot.joined.of_copies):
+        whole = (
+            [part for place, part in pairs if part is not None and _fits(part, place)] if of_slot.by_one_call else []
+        )
+        if len(whole) == of_slot.matrices:
             same, scan = of_slot.joined.fill(whole)
         else:
             _copy_into(pairs)
@@ -313,8 +318,9 @@ class _Binding:
         return proof, scan.digest.hex()
 
     def _read_back(self, of_slot: _Slot, given: Mapping[str, Sequence[torch.Tensor | None]]) -> tuple[bool, Scan]:
-        """Of hundreds of small matrices, which are compared and scanned together where a call for each would cost more.
-        The scan is without what fills a slot up, and with what could not be compared."""
+        """Whether the slot holds what it was given, and a scan of that, which is what it holds if it does: without what
+        fills a slot up, and with what could not be compared. Of hundreds of small matrices, for which a call for each
+        would cost more."""
         held: list[torch.Tensor] = []
         places: list[torch.Tensor] = []
         expected: list[torch.Tensor] = []
@@ -404,7 +410,7 @@ class _Staged(StagedAdapter):
         on_cpu = memory.device.type == data.device.type == "cpu"
         if on_cpu and all(piece.dtype == memory.dtype for piece in bucket.pieces):
             self._begin_building()
-            return spread(bucket.pieces, data, memory.lying)
+            return spread(bucket.pieces, data, memory.rows)
         self._put([(piece.tensor, piece.start, piece.within(data)) for piece in bucket.pieces])
         return None
 
@@ -545,6 +551,8 @@ class _Slot:
         every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
         self._expected: tuple[list[int], Joined] | None = None
+        self.by_one_call = self.joined.can_be_filled
+        """Whether all of it can be filled and read back so."""
 
     def is_as(self, expected: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
         """Whether all of it, on a GPU, is as these together, and a scan of it. They mostly are where those before
@@ -607,7 +615,8 @@ def _copy_into(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> Non
         if part is not None:
             to.append(place[: part.shape[0], : part.shape[1]] if smaller else place)
             parts.append(part)
-    torch._foreach_copy_(to, parts)
+    if to:
+        torch._foreach_copy_(to, parts)
 
 
 def _filled_up(part: torch.Tensor | None, place: torch.Tensor) -> torch.Tensor:
