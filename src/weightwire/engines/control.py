@@ -498,14 +498,16 @@ class Control:
                 logger.warning("weightwire: whether the engine still stands still for an update: %s", error)
             await asyncio.sleep(_WATCH_SECONDS)
         # Of another that it stands still for by now, another watch takes care.
-        if id not in self._ended and self._standing == id:
-            await self._go_on_or_refuse(_CLEAN_UP_SECONDS)
+        if id not in self._ended:
+            await self._go_on_or_refuse(_CLEAN_UP_SECONDS, lambda: self._standing == id)
         self._ended.discard(id)
 
-    async def _go_on_or_refuse(self, timeout: float) -> None:
+    async def _go_on_or_refuse(self, timeout: float, still: Callable[[], bool] = lambda: True) -> None:
+        """`still`: whether to, once it is known what."""
         poisoned = await self.poisoned(timeout)
         await self._look(timeout)
-        await (self.host.refuse(poisoned) if poisoned else self.host.resume())
+        if still():
+            await (self.host.refuse(poisoned) if poisoned else self.host.resume())
 
     async def give_up(self, id: str, error: BaseException, reason: str) -> None:
         """Abort, on the way out of a failure: what goes wrong in here is logged and no more."""
