@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from gpu import step, weights
+from weightwire.interpreter import collecting_later
 from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
 from weightwire.updates.digest import scan_tensors_any, settle
 from weightwire.updates.patch_cuda import Patches, Sites
@@ -28,10 +29,11 @@ from weightwire.updates.patch_cuda import Patches, Sites
 
 def timed(times: dict[str, list[float]], name: str, work: Callable[[], Any]) -> Any:
     torch.cuda.synchronize()
-    started = time.perf_counter()
-    result = work()
-    torch.cuda.synchronize()
-    times.setdefault(name, []).append(1000 * (time.perf_counter() - started))
+    with collecting_later():  # as in a publisher, and in a worker that makes ready
+        started = time.perf_counter()
+        result = work()
+        torch.cuda.synchronize()
+        times.setdefault(name, []).append(1000 * (time.perf_counter() - started))
     return result
 
 
