@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from weightwire.errors import SourceError
 from weightwire.reading import Reading
 from weightwire.sources.tensors import TensorSource
 from weightwire.updates.buckets import Piece
@@ -55,26 +54,3 @@ def test_what_is_wider_is_cast_on_the_way(way: str) -> None:
 def test_nothing_is_cast_to_what_is_wider() -> None:
     source = TensorSource({"w": torch.zeros(3, dtype=torch.bfloat16)})
     assert Reading(source, source.metadata(), parts=False, dtype="float32").specs == tuple(source.metadata())
-
-
-class _Elsewhere(torch.Tensor):
-    """Stands for a tensor whose memory is elsewhere, as a DTensor does."""
-
-    @staticmethod
-    def __new__(cls: Any, shape: Any) -> Any:
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device="cpu")
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.detach.default:
-            return _Elsewhere(args[0].shape)
-        raise NotImplementedError(str(func))
-
-
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_what_has_no_memory_of_its_own_is_not_read_by_its_address(dtype: str | None) -> None:
-    source = TensorSource({"w": _Elsewhere((4,))})
-    reading = Reading(source, source.metadata(), parts=False, dtype=dtype)
-    assert reading.pack([Piece(0, 0, 4, 0, torch.float32)], torch.zeros(16, dtype=torch.uint8)) is None
-    with pytest.raises(SourceError, match="could not be read"):
-        reading.read(0, 0, torch.zeros(4))

@@ -96,10 +96,7 @@ class Reading:
     def whole(self) -> list[torch.Tensor]:
         """The tensors themselves, where they are all of them contiguous and on one device; on a GPU cast."""
         whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]
-        # What stands for tensors elsewhere, as a DTensor does, has no memory of its own.
-        alike = len({tensor.device for tensor in whole}) == 1 and all(
-            tensor.is_contiguous() and (tensor.data_ptr() or not tensor.numel()) for tensor in whole
-        )
+        alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
         ordered = [whole[n] for n in self._order] if alike else []
         if not ordered or ordered[0].device.type == "cpu":
             return ordered

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from weightwire.errors import SourceError, UsageError
 from weightwire.sources import find
 from weightwire.sources.checkpoint import CheckpointSource
+from weightwire.sources.peft import AdapterSource
 from weightwire.sources.tensors import ModuleSource, TensorSource, state_of
 from weightwire.updates.digest import scan
 
@@ -85,6 +86,28 @@ def test_what_wraps_a_module_does_not_change_its_names(lab):
 def test_only_names_and_tensors(tensors):
     with pytest.raises(SourceError, match="expected names and tensors"):
         find(tensors, timeout=1.0)
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for memory that is elsewhere, as a DTensor does."""
+
+    @staticmethod
+    def __new__(cls, *shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device="cpu")
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        raise NotImplementedError(str(func))
+
+
+@pytest.mark.parametrize("config", [None, {"r": 2, "lora_alpha": 2}])
+def test_what_stands_for_memory_that_is_elsewhere_is_refused(config):
+    # Their addresses are alike, so that they would be taken for one tensor, and read at that.
+    named = {"model.q.lora_A.weight": Elsewhere(2, 4), "model.q.lora_B.weight": Elsewhere(4, 2)}
+    with pytest.raises(SourceError, match="Elsewhere that has no memory of its own") as refused:
+        TensorSource(named) if config is None else AdapterSource(named, config)
+    assert "full_tensor" in refused.value.next_step
+    assert TensorSource({"w": torch.zeros(0)}).metadata()[0].shape == (0,)
 
 
 def test_meta_tensors_have_no_data():

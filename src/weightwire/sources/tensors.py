@@ -46,7 +46,7 @@ def _checked(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tenso
 
 
 def refuse_without_data(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `SourceError` for what is no tensor, or on the meta device."""
+    """Raise `SourceError` for what is no tensor, on the meta device, or stands for memory that is elsewhere."""
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             raise SourceError(
@@ -55,6 +55,12 @@ def refuse_without_data(tensors: Mapping[str, torch.Tensor]) -> None:
             )
         if tensor.device.type == "meta":
             raise SourceError(f"{name!r} is on the meta device and has no data", next_step="Load the model first.")
+        # Its address is 0, and so is that of others like it, which would pass for tied.
+        if tensor.numel() and not tensor.data_ptr():
+            raise SourceError(
+                f"{name!r} is a {type(tensor).__name__} that has no memory of its own",
+                next_step="Pass whole tensors (of a DTensor: full_tensor()), or the module: its ranks are then found.",
+            )
 
 
 def wrappers(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
