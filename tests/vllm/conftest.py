@@ -44,11 +44,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_segments_left() -> Iterator[None]:
-    """vLLM's own, of engines that were killed before one of their processes could remove them."""
+    """vLLM's own, and Python's, of engines that were killed before one of their processes could remove them."""
     before = {*Path("/dev/shm").iterdir()}
     yield
-    for segment in left_over("vllm_dist_") - before:
-        segment.unlink(missing_ok=True)
+    for prefix in ("vllm_dist_", "psm_", "sem.mp-"):
+        for segment in left_over(prefix) - before:
+            segment.unlink(missing_ok=True)
 
 
 @dataclass
