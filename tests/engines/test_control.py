@@ -1025,6 +1025,29 @@ def test_an_update_that_begins_while_the_watch_of_one_before_finds_out_is_let_be
     asyncio.run(run())
 
 
+def test_an_update_that_begins_while_one_before_is_aborted_is_let_be(at_once: AsksOnce) -> None:
+    async def run() -> None:
+        control = Control(at_once)
+        began: list[str] = []
+
+        async def begin() -> None:
+            if not began:
+                began.append("")
+                began[0] = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
+
+        id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS, "never:7")).id
+        await asyncio.sleep(0.1)  # until the watch sleeps
+        at_once.hooks["look"] = begin
+        await control.abort(id, SECONDS)
+        assert any(began)
+        assert at_once.paused
+        at_once.sent.set()
+        await control.commit(began[0], "keep", False, SECONDS, digests_of(8))
+        assert (at_once.live(), at_once.paused) == ([8.0] * 3, False)
+
+    asyncio.run(run())
+
+
 def test_a_caller_that_is_gone_while_it_is_sealed_breaks_it_off(at_once: AsksOnce) -> None:
     async def run() -> None:
         control = Control(at_once)

@@ -479,11 +479,12 @@ class Control:
         )  # fmt: skip
 
     async def abort(self, id: str, timeout: float) -> None:
+        standing = self._standing
         was = await self._all("abort", timeout, id=id)
         if "reverted" in was:
             await self.refresh(timeout)
         if "stopped" in was:
-            await self._go_on_or_refuse(timeout)
+            await self._go_on_or_refuse(timeout, standing)
 
     async def _watch_stopped(self, id: str) -> None:
         """An engine that stands still for an update must not do so for ever: if its trainer goes silent, nobody else
@@ -497,16 +498,15 @@ class Control:
             except WeightwireError as error:
                 logger.warning("weightwire: whether the engine still stands still for an update: %s", error)
             await asyncio.sleep(_WATCH_SECONDS)
-        # Of another that it stands still for by now, another watch takes care.
         if id not in self._ended:
-            await self._go_on_or_refuse(_CLEAN_UP_SECONDS, lambda: self._standing == id)
+            await self._go_on_or_refuse(_CLEAN_UP_SECONDS, id)
         self._ended.discard(id)
 
-    async def _go_on_or_refuse(self, timeout: float, still: Callable[[], bool] = lambda: True) -> None:
-        """`still`: whether to, once it is known what."""
+    async def _go_on_or_refuse(self, timeout: float, standing: str | None) -> None:
+        """Unless by now the engine stands still for another update than `standing`: that one's watch takes care."""
         poisoned = await self.poisoned(timeout)
         await self._look(timeout)
-        if still():
+        if self._standing == standing:
             await (self.host.refuse(poisoned) if poisoned else self.host.resume())
 
     async def give_up(self, id: str, error: BaseException, reason: str) -> None:

@@ -58,7 +58,7 @@ __all__ = [
     "scan_table",
     "scan_tensors_any",
     "settle",
-    "sum_rows",
+    "sum_line",
     "word_facts",
 ]
 
@@ -477,7 +477,7 @@ def _scan_rows(rows: torch.Tensor, start: int, step: int) -> Scan:
     size = rows.element_size()
     pitch = rows.stride(0)
     memory = rows.as_strided(((count - 1) * pitch + width,), (1,)).view(torch.uint8).numpy()
-    low, high, nonfinite = sum_rows(
+    low, high, nonfinite = _sum_rows(
         memory,
         memory[:0],
         rows.data_ptr(),
@@ -571,7 +571,7 @@ def _count_nonfinite(words: Any, exponent: Any, lowest: Any, stride: Any) -> Any
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def sum_rows(  # compiled into other files' kernels, too: their caches do not notice that it was changed
+def _sum_rows(
     memory: Any,
     to: Any,
     address: Any,
@@ -643,27 +643,34 @@ def _copy(to: Any, memory: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def sum_line(line: Any, memory: Any, to: Any, address: Any) -> Any:
+    """In compiled code, also of other files, whose caches do not notice that it was changed: the sums (low, high,
+    nonfinite) of what a line of `scan_table` says of `memory`, which begins at `address`. Copied to `to`, if that has
+    any room."""
+    return _sum_rows(
+        memory, to, address, 1, memory.size, memory.size, line[2], 0, np.uint32(line[4]), np.uint32(line[5]), line[6]
+    )
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _sum_runs(lines: Any) -> Any:
     sums = np.empty((lines.shape[0], 3), np.uint64)
     for i in range(lines.shape[0]):
-        address, width, start, to = lines[i, 0], lines[i, 1], lines[i, 2], lines[i, 3]
+        address, width, to = lines[i, 0], lines[i, 1], lines[i, 3]
         memory = numba.carray(bytes_at(address), width)
         copied = numba.carray(bytes_at(to), width if to else 0)
         if to and (address - to) & 3:
             # Words of one straddle words of the other.
             _copy(copied, memory)
             copied = copied[:0]
-        low, high, nonfinite = sum_rows(
-            memory, copied, address, 1, width, width, start, 0,
-            np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
-        )  # fmt: skip
+        low, high, nonfinite = sum_line(lines[i], memory, copied, address)
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
     return sums
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def differ(ones: Any, others: Any) -> Any:
-    """In compiled code, also of other files (see `sum_rows`): whether two arrays of bytes of one length differ."""
+    """In compiled code, also of other files (see `sum_line`): whether two arrays of bytes of one length differ."""
     different = np.uint8(0)
     # To its end and not to the first that differs: so the compiler takes many at a time.
     for i in range(ones.size):
@@ -686,10 +693,7 @@ def _fill_runs(lines: Any) -> Any:
             address, width = lines[i, 0], lines[i, 1]
             place, other = numba.carray(bytes_at(address), width), numba.carray(bytes_at(lines[i, 3]), width)
             alike = alike and not differ(place, other)
-            a, b, c = sum_rows(
-                place, place[:0], address, 1, width, width, lines[i, 2], 0,
-                np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
-            )  # fmt: skip
+            a, b, c = sum_line(lines[i], place, place[:0], address)
             low, high, nonfinite = low + a, high + b, nonfinite + c
         first = end
     return alike, low, high, nonfinite

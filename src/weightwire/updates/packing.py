@@ -16,13 +16,13 @@ import numpy.typing as npt
 import torch
 
 from weightwire.updates.buckets import Piece
-from weightwire.updates.digest import Scan, as_scans, bytes_at, scan_table, sum_rows, word_facts
+from weightwire.updates.digest import Scan, as_scans, bytes_at, scan_table, sum_line, word_facts
 
 __all__ = ["narrow", "pack", "spread"]
 
-
 Tensors = Mapping[int, torch.Tensor] | Sequence[torch.Tensor]
 """By their number: contiguous, on the CPU, and held by whoever calls."""
+Array = npt.NDArray[np.int64]
 
 
 def pack(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[Scan]:
@@ -33,9 +33,8 @@ def pack(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[Sc
     >>> to.view(torch.float32)
     tensor([0., 2., 3.])
     """
-    facts = _facts(tuple(pieces))
-    addresses = _addresses(pieces, tensors, facts, to, 1)
-    return scan_table(_lines(facts, addresses + facts[:, _START], to.data_ptr() + facts[:, _OFFSET]))
+    facts, own, packed = _places(pieces, tensors, to)
+    return scan_table(_lines(facts, own, packed))
 
 
 def spread(pieces: Sequence[Piece], data: torch.Tensor, tensors: Tensors) -> list[Scan]:
@@ -46,9 +45,8 @@ def spread(pieces: Sequence[Piece], data: torch.Tensor, tensors: Tensors) -> lis
     >>> target
     tensor([0., 1., 1.])
     """
-    facts = _facts(tuple(pieces))
-    addresses = _addresses(pieces, tensors, facts, data, 1)
-    return scan_table(_lines(facts, data.data_ptr() + facts[:, _OFFSET], addresses + facts[:, _START]))
+    facts, own, packed = _places(pieces, tensors, data)
+    return scan_table(_lines(facts, packed, own))
 
 
 def narrow(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[Scan]:
@@ -60,16 +58,12 @@ def narrow(pieces: Sequence[Piece], tensors: Tensors, to: torch.Tensor) -> list[
     >>> to.view(torch.bfloat16)
     tensor([1., 1.], dtype=torch.bfloat16)
     """
-    facts = _facts(tuple(pieces))
-    addresses = _addresses(pieces, tensors, facts, to, 2)
-    return as_scans(_narrow_runs(_lines(facts, addresses + 2 * facts[:, _START], to.data_ptr() + facts[:, _OFFSET])))
-
-
-_START, _SIZE, _OFFSET = range(3)
+    facts, own, packed = _places(pieces, tensors, to, wider=2)
+    return as_scans(_narrow_runs(_lines(facts, own, packed)))
 
 
 @functools.lru_cache(maxsize=256)
-def _facts(pieces: tuple[Piece, ...]) -> npt.NDArray[np.int64]:
+def _facts(pieces: tuple[Piece, ...]) -> Array:
     """Of each: where it begins in its tensor, its length, and where it begins in its bucket, in bytes, and what a scan
     has to know of its dtype."""
     sizes = ((piece, piece.dtype.itemsize) for piece in pieces)
@@ -79,25 +73,24 @@ def _facts(pieces: tuple[Piece, ...]) -> npt.NDArray[np.int64]:
     return made
 
 
-def _addresses(
-    pieces: Sequence[Piece], tensors: Tensors, facts: npt.NDArray[np.int64], data: torch.Tensor, wider: int
-) -> npt.NDArray[np.int64]:
-    """Where each piece's tensor begins. Raises unless all of it lies within that, each element of which takes so many
-    times the bytes of the piece's, and within the bucket."""
-    own = [tensors[piece.tensor] for piece in pieces]
-    nbytes = np.array([tensor.nbytes for tensor in own], np.int64) // wider
+def _places(
+    pieces: Sequence[Piece], tensors: Tensors, data: torch.Tensor, wider: int = 1
+) -> tuple[Array, Array, Array]:
+    """What is known of each piece, its address in its tensor, and that in its bucket. Raises unless all of it lies
+    within these. An element of a tensor takes so many times the bytes of a piece's."""
+    facts, own = _facts(tuple(pieces)), [tensors[piece.tensor] for piece in pieces]
     start, size, offset = facts[:, :3].T
+    nbytes = np.array([tensor.nbytes for tensor in own], np.int64) // wider
     inside = (facts[:, :3] >= 0).all(axis=1) & (start + size <= nbytes) & (offset + size <= data.numel())
     if not inside.all():
         raise ValueError(f"{np.count_nonzero(~inside)} of {len(own)} pieces go beyond their tensors or their bucket")
-    return np.array([tensor.data_ptr() for tensor in own], np.int64)
+    addresses = np.array([tensor.data_ptr() for tensor in own], np.int64)
+    return facts, addresses + wider * start, data.data_ptr() + offset
 
 
-def _lines(
-    facts: npt.NDArray[np.int64], sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _lines(facts: Array, sources: Array, targets: Array) -> Array:
     """As `scan_table` takes them."""
-    return np.column_stack([sources, facts[:, _SIZE], facts[:, _START], targets, facts[:, 3:]])
+    return np.column_stack([sources, facts[:, 1], facts[:, 0], targets, facts[:, 3:]])
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
@@ -117,9 +110,6 @@ def _narrow_runs(lines: Any) -> Any:
         words = numba.carray(bytes_at(lines[i, 0]), 2 * width).view(np.uint32)
         narrowed = numba.carray(bytes_at(to), width)
         _round(words, narrowed.view(np.uint16))
-        low, high, nonfinite = sum_rows(
-            narrowed, narrowed[:0], to, 1, width, width, lines[i, 2], 0,
-            np.uint32(lines[i, 4]), np.uint32(lines[i, 5]), lines[i, 6],
-        )  # fmt: skip
+        low, high, nonfinite = sum_line(lines[i], narrowed, narrowed[:0], to)
         sums[i, 0], sums[i, 1], sums[i, 2] = low, high, np.uint64(nonfinite)
     return sums

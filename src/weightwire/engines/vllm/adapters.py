@@ -76,7 +76,7 @@ class AdapterStore:
         )
         self.loads: dict[str, int] = {}
         """How often vLLM has asked for each path."""
-        if self.dtype is not None:
+        if self.dtype is not None and torch.device(worker.device).type == "cpu":
             # Compiled before the engine's own thread wants it.
             self.beside.submit(Joined([torch.zeros(1)]).fill, [torch.zeros(1)])
 
@@ -303,11 +303,9 @@ class _Binding:
             pair for name, places in of_slot.places.items() if name in given
             for pair in zip(places, given[name], strict=True)
         ]  # fmt: skip
-        whole = (
-            [part for place, part in pairs if part is not None and _fits(part, place)] if of_slot.by_one_call else []
-        )
-        if len(whole) == of_slot.matrices:
-            same, scan = of_slot.joined.fill(whole)
+        by_one_call = of_slot.joined.can_be_filled and len(pairs) == of_slot.matrices
+        if by_one_call and all(_fits(place, part) for place, part in pairs):
+            same, scan = of_slot.joined.fill([part for _, part in pairs if part is not None])
         else:
             _copy_into(pairs)
             same, scan = self._read_back(of_slot, given)
@@ -551,8 +549,6 @@ class _Slot:
         every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
         self._expected: tuple[list[int], Joined] | None = None
-        self.by_one_call = self.joined.can_be_filled
-        """Whether all of it can be filled and read back so."""
 
     def is_as(self, expected: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
         """Whether all of it, on a GPU, is as these together, and a scan of it. They mostly are where those before
@@ -601,8 +597,8 @@ def _is_made_of(built: Any, given: dict[str, torch.Tensor]) -> bool:
     return all({lora.lora_a.data_ptr(), lora.lora_b.data_ptr()} <= own for lora in built.loras.values())
 
 
-def _fits(part: torch.Tensor, place: torch.Tensor) -> bool:
-    return part.shape == place.shape and part.dtype == place.dtype and part.is_contiguous()
+def _fits(place: torch.Tensor, part: torch.Tensor | None) -> bool:
+    return part is not None and (part.shape, part.dtype) == (place.shape, place.dtype) and part.is_contiguous()
 
 
 def _copy_into(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:

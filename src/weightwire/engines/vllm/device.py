@@ -127,9 +127,10 @@ class Tables:
     buckets_of: object = None
     layouts: dict[Sequence[str], Layout] = field(default_factory=dict)
     """By the names that are staged."""
-    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
-    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere."""
     layouts_of: object = None
+    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
+    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere.
+    Of the same plan as the layouts."""
 
 
 class Version(NamedTuple):
