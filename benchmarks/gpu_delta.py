@@ -18,11 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpu import step, weights
 from weightwire.interpreter import collecting_later
-from weightwire.updates.delta_cuda import decode_all, encode_all, parse_all
+from weightwire.updates.delta_cuda import Deltas, decode_all, encode_all, parse_all, together
 from weightwire.updates.digest import scan_tensors_any, settle
 from weightwire.updates.patch_cuda import Patches, Sites
 
@@ -56,11 +57,14 @@ def main() -> None:
         made = timed(times, "encode", lambda news=news: encode_all(names, live, news))
         deltas = [delta for delta, _ in made]
         nbytes = sum(delta.nbytes for delta in deltas)
-        data = [delta.data.to(device) for delta in deltas]
+        held = together(deltas, device)  # as they arrive: one behind the other
+        sizes = held.heads["nbytes"].astype(np.int64)
+        data = [held.memory[begin : begin + n] for begin, n in zip(held.begins.tolist(), sizes.tolist(), strict=True)]
         timed(times, "before", lambda: settle(scan_tensors_any(live)))
 
-        def decode(data: list[torch.Tensor] = data) -> Patches:
-            changes = decode_all(names, parse_all(names, data, settle(scan_tensors_any(data))))
+        def decode(data: list[torch.Tensor] = data, held: Deltas = held, sizes: Any = sizes) -> Patches:
+            scans = settle(scan_tensors_any(data))
+            changes = decode_all(names, parse_all(names, held.memory, held.begins, sizes, scans))
             patches = Patches(changes, sites)
             patches.look().cpu()
             return patches

@@ -604,11 +604,11 @@ def test_the_sampled_density_is_near_the_true_one(share: float) -> None:
     new = {name: tensor.clone() for name, tensor in base.items()}
     chosen = torch.rand(300, 400, generator=generator) < share
     new["w"][chosen] += 1
-    assert baseline_of(**base).density(reader(*new.values())) == pytest.approx(share, abs=0.03)
+    assert baseline_of(**base).look(reader(*new.values())).density == pytest.approx(share, abs=0.03)
 
 
 def test_no_elements_have_no_density() -> None:
-    assert baseline_of(w=torch.zeros(0)).density(reader(torch.zeros(0))) == 0.0
+    assert baseline_of(w=torch.zeros(0)).look(reader(torch.zeros(0))).density == 0.0
 
 
 def test_a_baseline_that_is_harmed_is_noticed_by_the_trainer() -> None:

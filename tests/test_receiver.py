@@ -630,6 +630,32 @@ def test_what_is_lent_is_taken_whole_and_verified() -> None:
     assert target.holds(3)
 
 
+def test_what_is_lent_is_opened_as_an_update_begins_and_let_go_of_if_it_cannot() -> None:
+    target, opened, swept = FakeTarget(), list[str](), list[str]()
+
+    def open_lent(address: str, arrivals: Arrivals) -> Lent:
+        # Before anything was made ready for it, so that it is scanned meanwhile.
+        opened.append(f"{arrivals.update}, {len(target.stagings)} staged")
+        return Lent(values(3))
+
+    receiver = Receiver(target, _never_fetched, open=open_lent, sweep=swept.append, background=False)
+    manifest = msgspec.structs.replace(manifest_of(1), staging="lent")
+    target.known = False
+    with pytest.raises(UnknownTensor):
+        receiver.begin("t", manifest, "trainer", 60.0, "cuda-ipc:")
+    target.known, target.free = True, 1
+    with pytest.raises(RoomError):
+        receiver.begin("u", manifest, "trainer", 60.0, "cuda-ipc:")
+    assert swept == ["t", "u"]
+    target.free = 1 << 20
+    receiver.begin("v", manifest, "trainer", 60.0, "cuda-ipc:")
+    assert opened == ["t, 0 staged", "u, 0 staged", "v, 1 staged"]
+    receiver.seal("v", digests(3))
+    receiver.commit("v")
+    assert target.holds(3)
+    assert swept == ["t", "u"]
+
+
 def _never_fetched(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
     raise AssertionError("nothing is fetched of what is lent")
 

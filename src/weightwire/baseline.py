@@ -6,6 +6,7 @@ Of weights that are spread over ranks each rank keeps its own part, and encodes 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -16,11 +17,18 @@ from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estima
 from weightwire.updates.digest import Digest, Pending, Scan, settle
 from weightwire.updates.manifest import TensorSpec, dtype_name
 
-__all__ = ["Baseline", "Read"]
+__all__ = ["Baseline", "Look", "Read"]
 
 Read = Callable[[int, int, torch.Tensor], Scan | Pending]
 _SAMPLES, _RUN = 4, 1024  # of each tensor, and their elements
 _DTYPES = {*map(dtype_name, DELTA_DTYPES)}
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a baseline finds out before it encodes: about which share of the elements has changed."""
+
+    density: float
 
 
 class Baseline:
@@ -56,7 +64,7 @@ class Baseline:
         odd = next((spec for spec in specs if spec.dtype not in _DTYPES), None)
         return None if odd is None else f"{odd.name} is {odd.dtype}, of which there is no delta"
 
-    def density(self, read: Read) -> float:
+    def look(self, read: Read) -> Look:
         """About which share of the elements that `read(tensor, start, out)` gives has changed: of runs all over."""
         looked = changed = 0.0
         for number, base in enumerate(self._tensors):
@@ -68,10 +76,11 @@ class Baseline:
                 weight = base.numel() / _SAMPLES
                 looked += weight
                 changed += weight * estimate(run, new)[0]
-        return changed / looked if looked else 0.0
+        return Look(changed / looked if looked else 0.0)
 
-    def encode(self, read: Read, *, finite: bool) -> list[Delta]:
-        """A delta for each tensor, to what `read(tensor, start, out)` gives. Raises `NonFinite`."""
+    def encode(self, read: Read, look: Look | None = None, *, finite: bool) -> list[Delta]:
+        """A delta for each tensor, to what `read(tensor, start, out)` gives; `look`: what was found out about that just
+        now. Raises `NonFinite`."""
         deltas: list[Delta] = []
         # One memory for all tensors: fresh pages for each took four times as long as all the rest.
         room = torch.empty(max((base.nbytes for base in self._tensors), default=0), dtype=torch.uint8)
@@ -93,6 +102,9 @@ class Baseline:
                     next_step="Publish with kind='dense', while no optimiser step is under way.",
                 )
         return deltas
+
+    def wait(self) -> None:
+        """Until the bytes of what was encoded last are there; all else is known before."""
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
         """Take over what was published as these deltas."""

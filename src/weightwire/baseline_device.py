@@ -5,13 +5,13 @@ The comparison reads the parameters themselves and the copy of them, once each; 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 
-from weightwire.baseline import Baseline, Read
+from weightwire.baseline import Baseline, Look, Read
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.base import Source, SpreadSource
 from weightwire.updates.boxes import Part
@@ -20,7 +20,8 @@ from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from weightwire.updates.patch_cuda import Sites  # needs Triton
+    from weightwire.updates.delta_cuda import Compared, Made  # needs Triton
+    from weightwire.updates.patch_cuda import Sites
 
 __all__ = ["DeviceBaseline"]
 
@@ -28,6 +29,15 @@ __all__ = ["DeviceBaseline"]
 # changes that are encoded together (`delta_cuda.CHANGES`); more only where one tensor has more than so many.
 _ELEMENTS = 1 << 33
 _SAMPLE = 1024  # elements of each tensor
+_SPARSE = 0.1  # where less has changed, all is compared the next time, and no sample taken before
+
+
+@dataclass(frozen=True, slots=True)
+class _Look(Look):
+    """The tensors as they were found, and what they all are beside what is kept, if that was looked at."""
+
+    news: list[torch.Tensor]
+    compared: Compared | None = None
 
 
 class DeviceBaseline(Baseline):
@@ -41,26 +51,36 @@ class DeviceBaseline(Baseline):
         self._source = source
         self._written = False
         self._sites: tuple[tuple[int, int], Sites] | None = None
-        self._seen: list[torch.Tensor] | None = None  # the tensors, as found to be looked at before they are encoded
+        self._made: Made | None = None
+        self._sparse = False  # whether little had changed the last time
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
-    def density(self, read: Read) -> float:
+    def look(self, read: Read) -> _Look:
         from weightwire.updates.delta_cuda import density  # needs Triton
 
-        self._seen = self._news()
-        return density(self._tensors, self._seen, sample=_SAMPLE)
+        news = self._news()
+        if self._sparse and sum(base.numel() for base in self._tensors) <= _ELEMENTS:
+            # Most likely it is again, and what is compared now is encoded next.
+            compared = self._compare(news, 0, len(news))
+            look = _Look(compared.density, news, compared)
+        else:
+            look = _Look(density(self._tensors, news, sample=_SAMPLE), news)
+        self._sparse = look.density < _SPARSE
+        return look
 
-    def encode(self, read: Read, *, finite: bool) -> list[Delta]:
-        from weightwire.updates.delta_cuda import batches, encode_all
+    def encode(self, read: Read, look: Look | None = None, *, finite: bool) -> list[Delta]:
+        from weightwire.updates.delta_cuda import batches, encode_compared
 
-        news, deltas = self._seen or self._news(), []
-        self._seen = None
-        for first, last in batches([new.numel() for new in news], _ELEMENTS):
+        seen = look if isinstance(look, _Look) else _Look(0.0, self._news())
+        deltas: list[Delta] = []
+        for first, last in batches([new.numel() for new in seen.news], _ELEMENTS):
+            self.wait()
+            self._made = made = encode_compared(seen.compared or self._compare(seen.news, first, last))
             names = [spec.name for spec in self._specs[first:last]]
-            starts = [part.start for part in self._parts[first:last]]
-            made = encode_all(names, self._tensors[first:last], news[first:last], starts=starts)
-            for number, (name, (delta, nonfinite)) in enumerate(zip(names, made, strict=True), first):
+            for number, (name, delta, nonfinite) in enumerate(
+                zip(names, made.deltas, made.nonfinite, strict=True), first
+            ):
                 if finite and nonfinite:
                     raise NonFinite(
                         f"NaN or Inf in {name} ({nonfinite} of {delta.numel})",
@@ -76,13 +96,26 @@ class DeviceBaseline(Baseline):
                 deltas.append(delta)
         return deltas
 
+    def _compare(self, news: list[torch.Tensor], first: int, last: int) -> Compared:
+        from weightwire.updates.delta_cuda import compare_all
+
+        names = [spec.name for spec in self._specs[first:last]]
+        starts = [part.start for part in self._parts[first:last]]
+        return compare_all(names, self._tensors[first:last], news[first:last], starts=starts)
+
+    def wait(self) -> None:
+        made, self._made = self._made, None
+        if made is not None:
+            made.wait()
+
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
-        from weightwire.updates.delta_cuda import CHANGES, batches, decode_all
+        from weightwire.updates.delta_cuda import CHANGES, batches, decode_all, together
         from weightwire.updates.patch_cuda import Patches, Sites
 
+        self.wait()
         start, self.version = self.version, None
         for first, last in batches([delta.count for delta in deltas], CHANGES):
-            here = [dataclasses.replace(d, data=d.data.to(self._device, non_blocking=True)) for d in deltas[first:last]]
+            here = together(deltas[first:last], self._device)
             changes = decode_all([spec.name for spec in self._specs[first:last]], here)
             # Of one batch, as mostly, they are the same each time.
             if self._sites is None or self._sites[0] != (first, last):
@@ -99,7 +132,7 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self._sites = self._seen = None
+        self._sites = None
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device

@@ -95,12 +95,12 @@ class Reading:
     @functools.cached_property
     def whole(self) -> list[torch.Tensor]:
         """The tensors themselves, where they are all of them contiguous and on one device; on a GPU cast."""
-        whole = [tensor.detach() for tensor in Weights(self._source).whole() or ()]
+        whole = [t.detach() if t.requires_grad else t for t in Weights(self._source).whole() or ()]
         alike = len({tensor.device for tensor in whole}) == 1 and all(tensor.is_contiguous() for tensor in whole)
         ordered = [whole[n] for n in self._order] if alike else []
         if not ordered or ordered[0].device.type == "cpu":
             return ordered
-        return [tensor.to(dtype) for tensor, dtype in zip(ordered, self._sent, strict=True)]
+        return [t if t.dtype == dtype else t.to(dtype) for t, dtype in zip(ordered, self._sent, strict=True)]
 
     def _guard(self, read: Read, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         try:

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -74,6 +74,7 @@ __all__ = ["Arrivals", "Lent", "Receiver", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
+_NOTHING = Scan(NO_DIGEST, 0)
 _MAX_LINGER = 0.05
 _MAX_CLIENTS = 1024
 _PROOF_SECONDS = 5.0  # of an adapter, which was proven before
@@ -117,6 +118,13 @@ of their own. Both are only lent until the next is asked for."""
 Open = Callable[[str, Arrivals], "Lent | None"]
 
 
+class _Opened(NamedTuple):
+    """What is lent at an address, if anything is; and scans of it, on their way, where that is on this GPU."""
+
+    lent: Lent | None
+    scans: Sequence[Scan | Pending] | None
+
+
 @dataclass(slots=True, kw_only=True)
 class _Update:
     id: str
@@ -128,6 +136,8 @@ class _Update:
     revision: Revision | None
     adapter: AdapterStaging | None
     delta: DeltaStaging | None
+    arrivals: Arrivals
+    ahead: Future[_Opened] | None
     buckets: tuple[Bucket, ...]
     scans: list[Scan | Pending]
     known: list[Scan] = field(default_factory=list)
@@ -216,7 +226,12 @@ class Receiver:
     # -- the calls, in the order of an update ----------------------------------------------------------------------
 
     def begin(
-        self, id: str, manifest: Manifest | dict[str, Any], holder: str, lease: float, address: str | None = None
+        self,
+        id: str,
+        manifest: Manifest | dict[str, Any] | bytes,
+        holder: str,
+        lease: float,
+        address: str | None = None,
     ) -> Sequence[Sequence[Box]] | None:
         """Take the engine for one update, for `lease` seconds from the trainer's last sign of life. Gives what this
         rank takes of each tensor (`Staging.takes`): what no rank takes must not be sent. With an `address`, `stage` it
@@ -239,18 +254,29 @@ class Receiver:
             self._forget()
             started = time.perf_counter()
             revision = self._revision(id, manifest)
-            adapter = revision and self._prepare_adapter(manifest, revision)
-            delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
-            staging = adapter or delta or self._target.prepare(manifest)
-            if staging.nbytes and staging.nbytes > (room := self._target.room()):
-                staging.discard()
-                raise RoomError(
-                    f"the staged copy needs {staging.nbytes} bytes on rank {self._rank}, {room} may be used",
-                    next_step="Free memory on the engine's machine, or raise WEIGHTWIRE_STAGING_LIMIT if it is set.",
-                )
+            buckets, nothing = cut(manifest), [_NOTHING] * len(manifest.tensors)
+            arrivals = Arrivals(
+                update=id,
+                rank=self._rank,
+                tensors=manifest.wire,
+                buckets=buckets,
+                lease=lease,
+                cancelled=threading.Event(),
+            )
+            # What is lent on this GPU is scanned while all else is made ready.
+            ahead = None if address is None else self._submit(lambda: self._open_and_scan(address, arrivals))
+            try:
+                adapter = revision and self._prepare_adapter(manifest, revision)
+                delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
+                staging = adapter or delta or self._target.prepare(manifest)
+                self._refuse_without_room(staging)
+            except BaseException:
+                arrivals.cancelled.set()
+                if ahead is not None:
+                    self._submit(lambda: self._sweep(id))
+                raise
             self._followed.set()
             self._followed = threading.Event()
-            buckets, nothing = cut(manifest), [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
             self._update = _Update(
                 id=id,
                 manifest=manifest,
@@ -261,10 +287,13 @@ class Receiver:
                 revision=revision,
                 adapter=adapter,
                 delta=delta,
+                arrivals=arrivals,
+                ahead=ahead,
                 buckets=buckets,
                 scans=[*nothing],
                 known=[] if buckets else nothing,
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
+                cancelled=arrivals.cancelled,
                 followed=self._followed,
             )
             if self._background:
@@ -272,6 +301,14 @@ class Receiver:
             if address is not None:
                 self.stage(id, address)
             return staging.takes
+
+    def _refuse_without_room(self, staging: Staging) -> None:
+        if staging.nbytes and staging.nbytes > (room := self._target.room()):
+            staging.discard()
+            raise RoomError(
+                f"the staged copy needs {staging.nbytes} bytes on rank {self._rank}, {room} may be used",
+                next_step="Free memory on the engine's machine, or raise WEIGHTWIRE_STAGING_LIMIT if it is set.",
+            )
 
     def _revision(self, id: str, manifest: Manifest) -> Revision | None:
         """The revision that this update is to become; None for a whole model. Raises when it cannot be one now."""
@@ -339,8 +376,12 @@ class Receiver:
         for callers that know that the engine has nothing to generate meanwhile. It also does the engine's own thread's
         part of the work, a little at each call."""
         with self._lock:
-            jobs = self._held(id).jobs
-        wait(jobs, timeout=min(linger, _MAX_LINGER))
+            update = self._held(id)
+            jobs = update.jobs
+        left = wait(jobs, timeout=min(linger, _MAX_LINGER)).not_done
+        if left and update.known:
+            # All has come, and what is left is short: another question would take longer.
+            wait(left, timeout=min(3 * linger, _MAX_LINGER))
         with self._lock:
             update = self._held(id)
             update.expires = max(update.expires, self._clock() + hold)
@@ -627,23 +668,24 @@ class Receiver:
             self._poison_what_is_overwritten(update)
             return staging.place(piece)
 
-        arrivals = Arrivals(
-            update=update.id,
-            rank=self._rank,
-            tensors=update.manifest.wire,
-            buckets=update.buckets,
-            lease=update.lease,
-            cancelled=update.cancelled,
-            place=place if isinstance(update.staging, HasPlaces) else _nowhere,
-        )
-        lent = self._open(address, arrivals)
-        if lent is not None:
-            self._take_lent(update, arrivals, lent)
+        arrivals = update.arrivals
+        if isinstance(update.staging, HasPlaces):
+            arrivals = replace(arrivals, place=place)
+        opened = update.ahead.result() if update.ahead else self._open_and_scan(address, arrivals)
+        if opened.lent is not None:
+            self._take_lent(update, arrivals, opened.lent, opened.scans)
             return
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
 
-    def _take_lent(self, update: _Update, arrivals: Arrivals, lent: Lent) -> None:
+    def _open_and_scan(self, address: str, arrivals: Arrivals) -> _Opened:
+        with taking_turns():
+            lent = None if arrivals.cancelled.is_set() else self._open(address, arrivals)
+            return _Opened(lent, _scan_lent(lent.tensors) if lent is not None and lent.here else None)
+
+    def _take_lent(
+        self, update: _Update, arrivals: Arrivals, lent: Lent, scans: Sequence[Scan | Pending] | None
+    ) -> None:
         if not lent.here and self._copies(update):
             for index, data in pull(lent.tensors, update.buckets, arrivals.landing()):
                 if update.cancelled.is_set():
@@ -651,8 +693,7 @@ class Receiver:
                 self._take(update, index, data)
             return
         # From here, also where the trainer's GPU is another one.
-        device = torch.device("cuda", torch.cuda.current_device()) if lent.tensors[0].is_cuda else None
-        update.scans = [*scan_tensors_any(lent.tensors, device)]
+        update.scans = [*(_scan_lent(lent.tensors) if scans is None else scans)]
         for number, data in enumerate(lent.tensors):
             update.staging.lend(number, data)
         self._arrived(update, range(len(update.buckets)))
@@ -668,7 +709,8 @@ class Receiver:
         bucket = update.buckets[index]
         scans = _write(update, bucket, data) if isinstance(data, torch.Tensor) else _write_parts(update, bucket, data)
         for piece, scanned in zip(bucket.pieces, scans, strict=True):
-            update.scans[piece.tensor] = scanned + update.scans[piece.tensor]
+            before = update.scans[piece.tensor]
+            update.scans[piece.tensor] = scanned if before is _NOTHING else scanned + before
         self._arrived(update, (index,))
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
@@ -809,6 +851,11 @@ class Receiver:
 def _check_client(client: int = 0, clients: int = 1, in_use: Sequence[int] = ()) -> None:
     if not 0 <= client < clients <= _MAX_CLIENTS:
         raise StateError(f"client {client} of {clients}")
+
+
+def _scan_lent(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+    device = torch.device("cuda", torch.cuda.current_device()) if tensors[0].is_cuda else None
+    return scan_tensors_any(tensors, device)
 
 
 def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | Pending]:

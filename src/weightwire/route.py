@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import msgspec
 import torch
 
-from weightwire.baseline import Baseline
+from weightwire.baseline import Baseline, Look
 from weightwire.reading import Reading
 from weightwire.sources.ranks import Ranks
 from weightwire.sources.shards import collect, join_all
@@ -97,11 +97,13 @@ def find_route(
         why = ranks.reason(why)
     if why is not None:
         return Route(why=why)
-    if not always and (share := _density(baseline, reading, ranks, together)) > _DENSEST:
+    look: Look | None = None if always else together.everywhere(lambda: baseline.look(reading.read_own))
+    if look is not None and (share := _density(look, baseline.numel, ranks)) > _DENSEST:
         return Route(why=_too_dense(share))
-    own = together.everywhere(lambda: baseline.encode(reading.read_own, finite=finite))
+    own = together.everywhere(lambda: baseline.encode(reading.read_own, look, finite=finite))
     step = own
     if ranks is not None:
+        baseline.wait()
         collected = collect(ranks, reading.parts, own)
         names = [spec.name for spec in reading.specs]
         step = together.on_leader(lambda: join_all(names, reading.parts, own, collected)) or []
@@ -112,6 +114,7 @@ def find_route(
     behind: list[Behind] = []
     for version in sorted({v for v in serves.values() if v not in (baseline.version, None)}):
         engines = [name for name, served in serves.items() if served == version]
+        baseline.wait()
         found = None if ranks else baseline.chain.since(version, step)
         if found is None:
             return Route(
@@ -125,14 +128,13 @@ def find_route(
     return Route(why=why, deltas=step, own=own, base=baseline.version, behind=behind)
 
 
-def _density(baseline: Baseline, reading: Reading, ranks: Ranks | None, together: Together) -> float:
+def _density(own: Look, numel: int, ranks: Ranks | None) -> float:
     """About which share of the elements has changed, of all ranks."""
-    share: float = together.everywhere(lambda: baseline.density(reading.read_own))
     if ranks is None:
-        return share
-    tables = ranks.gather(torch.tensor([share * baseline.numel, baseline.numel], dtype=torch.float64))
-    changed, numel = torch.stack(tables).sum(0)
-    return float(changed / numel.clamp(1))
+        return own.density
+    tables = ranks.gather(torch.tensor([own.density * numel, numel], dtype=torch.float64))
+    changed, total = torch.stack(tables).sum(0)
+    return float(changed / total.clamp(1))
 
 
 def _share(deltas: Sequence[Delta]) -> float:

@@ -443,6 +443,8 @@ class Run:
             return settle(ahead)
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
         if deltas:  # which only rank 0 has
+            assert self._baseline is not None
+            self._baseline.wait()
             scans = [*scans_of(deltas)]
         elif self._ahead_scans:
             scans = [*self._ahead_scans]

@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from weightwire.updates import delta_cuda, rice_cuda
 from weightwire.updates.delta import DELTA_DTYPES, HEAD_BYTES, SEAL_BYTES, compose, decode, encode, parse
 from weightwire.updates.delta_cuda import decode_all, encode_all
 from weightwire.updates.digest import scan, scan_tensors_any, settle
+from weightwire.updates.tiles import ends_of
 
 DTYPES = list(DELTA_DTYPES)
 SIZES = rice_cuda.SEGMENT, rice_cuda.WORDS  # before they are patched
@@ -106,8 +108,15 @@ def test_what_is_read_is_what_the_cpu_reads(drawn, seed):
     same_changes([f"w{n}" for n in range(len(drawn))], data)
 
 
-def parse_all(names, data):
-    return delta_cuda.parse_all(names, data, settle(scan_tensors_any(data)))
+def parse_all(names, data, offset=0):
+    """Of bytes one behind the other, from this one of the memory on."""
+    sizes = np.array([raw.numel() for raw in data])
+    begins = offset + ends_of(-(-sizes // 16) * 16)
+    memory = torch.zeros(int(begins[-1]) + 16, dtype=torch.uint8, device=DEVICE)
+    placed = [memory[begin : begin + raw.numel()] for begin, raw in zip(begins.tolist(), data, strict=False)]
+    for place, raw in zip(placed, data, strict=True):
+        place.copy_(raw)
+    return delta_cuda.parse_all(names, memory, begins[:-1], sizes, settle(scan_tensors_any(placed)))
 
 
 def same_changes(names, data):
@@ -181,8 +190,7 @@ def test_memory_that_begins_anywhere():
     bits_of(new)[::50] += 1
     delta, _ = encode_all(["w"], [base.to(DEVICE)[1:]], [new.to(DEVICE)[1:]])[0]
     assert torch.equal(delta.data, encode("w", base[1:].clone(), new[1:].clone()).data)
-    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), delta.data]).to(DEVICE)[1:]
-    assert decode_all(["w"], parse_all(["w"], [shifted])).ends[-1] == delta.count
+    assert decode_all(["w"], parse_all(["w"], [delta.data], offset=4)).ends[-1] == delta.count
 
 
 def test_unlike_tensors_are_refused_by_name():
@@ -227,6 +235,42 @@ def test_harmed_bytes_are_taken_or_refused_as_on_the_cpu(seed):
     except VerificationError as error:
         expected = str(error)
     assert refused == expected
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_header_is_taken_or_refused_as_on_the_cpu(seed):
+    """Whatever is in it, under a seal that says it is right."""
+    rng = random.Random(seed)
+    base = random_bits(600, torch.bfloat16, seed)
+    good = encode("w", base, changed(base, 0.1, "unit", seed)).data
+    for _ in range(60):
+        bad = good.clone()
+        for _ in range(rng.choice([1, 1, 2])):
+            bad[rng.randrange(HEAD_BYTES)] = rng.choice([0, 1, 4, 8, 255, rng.randrange(256)])
+        outcomes = []
+        for taking in (lambda bad: parse("w", bad), lambda bad: parse_all(["v", "w"], [good, bad])):
+            try:
+                taking(sealed(bad))
+                outcomes.append(None)
+            except VerificationError as error:
+                outcomes.append(str(error))
+        assert outcomes[0] == outcomes[1], bytes(bad[:HEAD_BYTES].tolist()).hex()
+
+
+def test_deltas_from_anywhere_come_together():
+    bases = [random_bits(n, torch.bfloat16, n) for n in (300, 0, 2000)]
+    made = [encode(f"w{n}", base, changed(base, 0.1, "unit", n)) for n, base in enumerate(bases)]
+    beside = delta_cuda.together(made, DEVICE)
+    assert [*beside.heads["count"]] == [delta.count for delta in made]
+    assert decode_all(["a", "b", "c"], beside).ends[-1] == sum(delta.count for delta in made)
+    news = [changed(base, 0.1, "unit", 3).to(DEVICE) for base in bases]
+    at_once = [delta for delta, _ in encode_all(["a", "b", "c"], [base.to(DEVICE) for base in bases], news)]
+    for deltas in (at_once, at_once[1:], at_once[::-1], [*at_once, *made]):
+        names = [str(n) for n in range(len(deltas))]
+        held = delta_cuda.together(deltas, DEVICE)
+        assert decode_all(names, held).ends[-1] == sum(delta.count for delta in deltas)
+        for begin, delta in zip(held.begins.tolist(), deltas, strict=True):
+            assert torch.equal(held.memory[begin : begin + delta.nbytes].cpu(), delta.data)
 
 
 @pytest.mark.parametrize("place", [0, 4, 7, 20, 50, 70, 82, 90, -20, -1])

@@ -46,7 +46,7 @@ class AdapterDelta(ArrivingDelta):
         bases = [tensors[spec.name].reshape(-1) for spec in self._specs]
         rebuilt = [(delta.after, scanned) for delta, _, scanned in self._rebuild(bases, self._inner)]
         self.after = [after for after, _ in rebuilt]
-        self._bytes.clear()
+        self._memory = None
         self._inner.seal([scanned for _, scanned in rebuilt])
 
     def _read_base(self) -> Mapping[str, torch.Tensor]:
@@ -69,7 +69,7 @@ class AdapterDelta(ArrivingDelta):
                 )
 
     def discard(self) -> None:
-        self._bytes.clear()
+        self._memory = None
         self._of_base = None
         self._inner.discard()
 

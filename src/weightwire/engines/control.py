@@ -161,7 +161,7 @@ class Control:
         id: str | None = None,
     ) -> Begun:
         id, deadline = id or secrets.token_hex(16), time.monotonic() + timeout
-        plain = msgspec.to_builtins(manifest)
+        plain = msgspec.json.encode(manifest)
         in_place = manifest.staging == "none"
         early = None if in_place else address
         try:

@@ -58,7 +58,7 @@ Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]*(?![\s\S])", min_length=32
 
 
 class BeginBody(msgspec.Struct, forbid_unknown_fields=True):
-    manifest: dict[str, Any]
+    manifest: msgspec.Raw
     holder: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] = "unnamed"
     lease: Lease = 60.0
     address: Address | None = None
@@ -125,7 +125,7 @@ def router(control: Callable[[Request], Control], token: Callable[[Request], str
     async def begin(request: Request, control: Control, data: bytes) -> Begun:
         """Check a manifest and take the engine for one update; with an address, begin to stage from it."""
         body = _parsed(data, BeginBody)
-        manifest = decode_manifest(body.manifest)
+        manifest = decode_manifest(bytes(body.manifest))
         return await control.begin(manifest, body.holder, body.lease, _seconds(request), body.address, body.id)
 
     @route("POST", "/updates/{id}/stage", body=StageBody, status=204)

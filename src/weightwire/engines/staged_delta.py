@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
@@ -13,6 +14,7 @@ from weightwire.updates.delta import Delta, Patch, decode, parse
 from weightwire.updates.digest import Digest, Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
+from weightwire.updates.tiles import ends_of
 
 __all__ = ["ArrivingDelta", "StagedDelta", "refuse_split_ties"]
 
@@ -27,27 +29,31 @@ class ArrivingDelta:
         self._finite = manifest.finite
         self._encoded = manifest.encoded
         self._memory_on = device
-        self._bytes: list[torch.Tensor] = []
+        self._memory: torch.Tensor | None = None
+        # Each begins where it does in a bucket.
+        self._begins: list[int] = ends_of(-(-np.array(manifest.encoded, np.int64) // ALIGNMENT) * ALIGNMENT).tolist()
         self.nbytes = _PATCH * sum(manifest.encoded)
 
-    def _allocate(self) -> None:
-        """On the thread that receives, whose stream writes there: memory that the engine's has had may still be in use
-        by what is queued on it."""
-        if not self._bytes:
-            sizes = [-(-nbytes // ALIGNMENT) * ALIGNMENT for nbytes in self._encoded]  # as in a bucket
-            memory = torch.empty(sum(sizes), dtype=torch.uint8, device=self._memory_on)
-            self._bytes = [p[:n] for p, n in zip(torch.split(memory, sizes), self._encoded, strict=True)]
+    def _arriving(self) -> torch.Tensor:
+        """Memory for all of it. Made on the thread that receives, whose stream writes there: memory that the engine's
+        has had may still be in use by what is queued on it."""
+        if self._memory is None:
+            self._memory = torch.empty(self._begins[-1], dtype=torch.uint8, device=self._memory_on)
+        return self._memory
+
+    def _bytes(self, tensor: int) -> torch.Tensor:
+        begin = self._begins[tensor]
+        return self._arriving()[begin : begin + self._encoded[tensor]]
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
-        self._allocate()
-        self._bytes[tensor][start : start + data.numel()].copy_(data)
+        self._bytes(tensor)[start : start + data.numel()].copy_(data)
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self.write(tensor, 0, data.reshape(-1))
 
     def _parse(self, tensor: int) -> Delta:
         name = self._specs[tensor].name
-        delta = parse(name, self._bytes[tensor])
+        delta = parse(name, self._bytes(tensor))
         if delta.start:
             raise VerificationError(f"{name!r}: its delta is of the elements from {delta.start} on, not of all")
         return delta
@@ -63,7 +69,6 @@ class ArrivingDelta:
 
     def _rebuild(self, bases: Sequence[torch.Tensor], inner: Staging) -> Iterator[tuple[Delta, Patch, Scan]]:
         """Write what it leads to from `bases` (1-D, of all tensors) into `inner`, whole, one tensor after the other."""
-        self._allocate()  # where nothing came at all
         for number, (spec, base) in enumerate(zip(self._specs, bases, strict=True)):
             delta = self._parse(number)
             patch = self._decode(spec.name, delta, base)
@@ -96,7 +101,6 @@ class StagedDelta(ArrivingDelta):
         self.after: Sequence[Digest] = ()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        self._allocate()
         after: list[Digest] = []
         for number, taking in enumerate(self._places):
             delta = self._parse(number)
@@ -104,7 +108,7 @@ class StagedDelta(ArrivingDelta):
                 self._patches.append((own, live, self._decode(own, delta, live), delta))
             after.append(delta.after)
         self.after = after
-        self._bytes.clear()
+        self._memory = None
         refuse_split_ties(
             (live.data_ptr(), name, delta.after) for name, live, _, delta in self._patches if live.numel()
         )
@@ -128,7 +132,7 @@ class StagedDelta(ArrivingDelta):
         return {name: "read back" for name, *_ in self._patches}
 
     def discard(self) -> None:
-        self._bytes.clear()
+        self._memory = None
         self._patches.clear()
 
 

@@ -28,12 +28,15 @@ from weightwire.updates.digest import NO_DIGEST, Digest, Scan, scan, scan_box, s
 
 __all__ = [
     "DELTA_DTYPES",
+    "HEAD",
     "Delta",
+    "Heads",
     "Patch",
     "compose",
     "decode",
     "encode",
     "estimate",
+    "heads_of",
     "join",
     "parse",
     "scans_of",
@@ -44,10 +47,20 @@ DELTA_DTYPES: Mapping[torch.dtype, int] = {torch.bfloat16: 1, torch.float16: 2, 
 """The dtypes that a delta may have, with their numbers in its header."""
 
 _DTYPES = {number: dtype for dtype, number in DELTA_DTYPES.items()}
+_WIDTHS = np.array([8 * _DTYPES[code].itemsize if code in _DTYPES else 0 for code in range(256)])
+"""The bits of an element, by the number of its dtype; 0 of none."""
 _BITS = {2: (np.uint16, torch.int16), 4: (np.uint32, torch.int32)}
 _HEADER = struct.Struct("<4sBBBBB7sQQQQ4Q")
 _TRAILER = struct.Struct("<2Q")
 HEAD_BYTES, SEAL_BYTES = _HEADER.size, _TRAILER.size
+HEAD = np.dtype([
+    ("magic", "S4"), ("format", "u1"), ("dtype", "u1"), ("block_bits", "u1"), ("unit_bits", "u1"), ("entry", "u1"),
+    ("zeros", "u1", 7), ("nbytes", "<u8"), ("start", "<u8"), ("numel", "<u8"), ("count", "<u8"), ("before", "<u8", 2),
+    ("after", "<u8", 2),
+])  # fmt: skip
+"""The header again, for many at once."""
+Heads = np.ndarray[Any, np.dtype[np.void]]
+"""Rows of `HEAD`."""
 _MAGIC, _FORMAT = b"WWDL", 1
 _MAX_ELEMENTS = 1 << 48
 _CHANGES = 256  # at least so many in a block on average: the table and what a last word leaves empty stay near 1 %
@@ -87,7 +100,7 @@ class Delta:
 
     @property
     def blocks(self) -> int:
-        return -(-self.numel >> self.block_bits) if self.count else 0
+        return int(blocks_of(self.numel, self.count, self.block_bits))
 
     def head(self) -> bytes:
         """The header that says so."""
@@ -184,13 +197,19 @@ def parse(name: str, data: torch.Tensor | bytes) -> Delta:
         )
     raw = raw.contiguous()
     intact = raw[-SEAL_BYTES:].numpy().tobytes() == _TRAILER.pack(*scan(raw[:-SEAL_BYTES]).digest)
-    return opened(name, raw, raw[:HEAD_BYTES].numpy().tobytes(), intact)
+    code, block_bits, unit_bits, entry, start, numel, count, *digests = _facts(
+        name, raw.numel(), raw[:HEAD_BYTES].numpy().tobytes(), intact
+    )
+    return Delta(
+        dtype=_DTYPES[code], start=start, numel=numel, count=count, before=Digest(*digests[:2]),
+        after=Digest(*digests[2:]), block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
+    )  # fmt: skip
 
 
-def opened(name: str, raw: torch.Tensor, head: bytes, intact: bool) -> Delta:
-    """The delta in `raw`, on any device, by its first bytes; `intact`: whether its last ones are the digest of all but
-    them. Raises like `parse`."""
-    least, size = HEAD_BYTES + SEAL_BYTES, raw.numel()
+def _facts(name: str, size: int, head: bytes, intact: bool) -> list[int]:
+    """What a header says, in its order and without what is the same in all, once it holds for a delta of so many
+    bytes; `intact`: whether its last ones are the digest of all but them. Raises like `parse`."""
+    least = HEAD_BYTES + SEAL_BYTES
     if size < least:
         raise harmed(name, f"it has {size} bytes, fewer than the {least} of the shortest")
     magic, number, code, block_bits, unit_bits, entry, zeros, nbytes, start, numel, count, *digests = _HEADER.unpack(
@@ -206,18 +225,67 @@ def opened(name: str, raw: torch.Tensor, head: bytes, intact: bool) -> Delta:
         raise harmed(name, "its bytes are not those that were written")
     if code not in _DTYPES or not _MIN_BLOCK <= block_bits <= _MAX_BLOCK or entry not in (4, 8) or any(zeros):
         raise harmed(name, f"its header has dtype {code}, block bits {block_bits}, entry {entry}, zeros {zeros.hex()}")
-    dtype = _DTYPES[code]
-    if unit_bits >= 8 * dtype.itemsize or not count <= numel <= _MAX_ELEMENTS or start > _MAX_ELEMENTS - numel:
+    if unit_bits >= 8 * _DTYPES[code].itemsize or not count <= numel <= _MAX_ELEMENTS or start > _MAX_ELEMENTS - numel:
         raise harmed(name, f"its header has {count} changes of {numel} elements from {start} on, unit bits {unit_bits}")
     if nbytes % 4:
         raise harmed(name, f"its {nbytes} bytes are no whole number of words")
-    delta = Delta(
-        dtype=dtype, start=start, numel=numel, count=count, before=Digest(*digests[:2]), after=Digest(*digests[2:]),
-        block_bits=block_bits, unit_bits=unit_bits, entry=entry, data=raw,
-    )  # fmt: skip
-    if delta.blocks * entry > nbytes - least:
-        raise harmed(name, f"a table of {delta.blocks} blocks does not fit into its {nbytes} bytes")
-    return delta
+    if blocks_of(numel, count, block_bits) * entry > nbytes - least:
+        raise harmed(name, f"a table of its blocks does not fit into its {nbytes} bytes")
+    return [code, block_bits, unit_bits, entry, start, numel, count, *digests]
+
+
+def heads_of(names: Sequence[str], heads: npt.NDArray[np.uint8], sizes: Array, intact: npt.NDArray[np.bool_]) -> Heads:
+    """The headers of many deltas by their first bytes (a row each), once `parse` would take them all: of `sizes` bytes,
+    and `intact` if their last ones are the digest of all but them. Raises like `parse`, of the first that is harmed.
+
+    >>> delta = encode("w", torch.zeros(500), torch.ones(500))
+    >>> heads = heads_of(["w"], delta.data[:HEAD_BYTES].numpy()[None], np.array([delta.nbytes]), np.array([True]))
+    >>> heads["count"].tolist(), heads["after"].tolist() == [list(delta.after)]
+    ([500], True)
+    """
+    rows: Heads = np.ascontiguousarray(heads).view(HEAD)[:, 0]
+    numel, count, start, entry = rows["numel"], rows["count"], rows["start"], rows["entry"]
+    with np.errstate(over="ignore"):
+        fine = (
+            intact & (rows["magic"] == _MAGIC) & (rows["format"] == _FORMAT) & (sizes >= HEAD_BYTES + SEAL_BYTES)
+            & (rows["nbytes"] == sizes) & (sizes % 4 == 0) & (rows["unit_bits"] < _WIDTHS[rows["dtype"]])
+            & (rows["block_bits"] >= _MIN_BLOCK) & (rows["block_bits"] <= _MAX_BLOCK) & ((entry == 4) | (entry == 8))
+            & ~rows["zeros"].any(axis=1) & (numel <= _MAX_ELEMENTS) & (count <= numel)
+            & (start <= _MAX_ELEMENTS - numel)
+        )  # fmt: skip
+    blocks = blocks_of(np.where(fine, numel, 0).astype(np.int64), count, rows["block_bits"].astype(np.int64))
+    fine &= blocks * entry <= sizes - HEAD_BYTES - SEAL_BYTES
+    for n in np.flatnonzero(~fine).tolist():
+        _facts(names[n], int(sizes[n]), rows[n].tobytes(), bool(intact[n]))  # which says what is wrong
+    return rows
+
+
+def heads_with(dtypes: Sequence[torch.dtype], **facts: Any) -> Heads:
+    """A header for each of many deltas, with these facts of each.
+
+    >>> heads_with([torch.float16], numel=np.array([3]))[["dtype", "numel"]].tolist()
+    [(2, 3)]
+    """
+    rows: Heads = np.zeros(len(dtypes), HEAD)
+    rows["magic"], rows["format"], rows["dtype"] = _MAGIC, _FORMAT, [DELTA_DTYPES[dtype] for dtype in dtypes]
+    for name, fact in facts.items():
+        rows[name] = fact
+    return rows
+
+
+def widths_of(heads: Heads) -> Array:
+    """The bits of an element of each."""
+    widths: Array = _WIDTHS[heads["dtype"]]
+    return widths
+
+
+def blocks_of(numel: Any, count: Any, block_bits: Any) -> Any:
+    """How many blocks a delta has, or each of many.
+
+    >>> blocks_of(np.array([300, 300]), np.array([1, 0]), np.array([8, 8])).tolist()
+    [2, 0]
+    """
+    return (count > 0) * -(-numel >> block_bits)
 
 
 def decode(

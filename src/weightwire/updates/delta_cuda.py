@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,18 +20,37 @@ from weightwire.updates import digest_cuda, rice_cuda
 from weightwire.updates.buckets import ALIGNMENT
 from weightwire.updates.delta import (
     DELTA_DTYPES,
+    HEAD,
     HEAD_BYTES,
     SEAL_BYTES,
     Delta,
+    Heads,
     block_bits_of,
+    blocks_of,
     harmed,
-    opened,
+    heads_of,
+    heads_with,
     unit_costs,
+    widths_of,
 )
 from weightwire.updates.digest import Digest, Scan, scan_rows, word_facts
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
-__all__ = ["CHANGES", "Changes", "batches", "decode_all", "density", "encode_all", "parse_all"]
+__all__ = [
+    "CHANGES",
+    "Changes",
+    "Compared",
+    "Deltas",
+    "Made",
+    "batches",
+    "compare_all",
+    "decode_all",
+    "density",
+    "encode_all",
+    "encode_compared",
+    "parse_all",
+    "together",
+]
 
 Array = npt.NDArray[np.int64]
 
@@ -52,6 +72,14 @@ class Changes:
     origins: Sequence[int]
 
 
+class Deltas(NamedTuple):
+    """Many deltas on one device: their headers, and all their bytes in `memory` (uint8, 1-D), from `begins` on."""
+
+    heads: Heads
+    memory: torch.Tensor
+    begins: Array
+
+
 def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, sample: int) -> float:
     """About which share of the elements differs: of each pair `sample` are looked at. As for `encode_all`."""
     changed = total = 0.0
@@ -70,6 +98,33 @@ def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, samp
     return changed / total if total else 0.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compared:
+    """Tensors that were compared with their bases: of each width, which they are and what was seen."""
+
+    seen: Sequence[tuple[Sequence[int], _Seen]]
+
+    @property
+    def density(self) -> float:
+        """The share of elements that differ."""
+        changed = sum(int(seen.counts.sum()) for _, seen in self.seen)
+        return changed / max(sum(new.numel() for _, seen in self.seen for new in seen.news), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Made:
+    """The delta of each tensor, of which all but the bytes is known, and how many NaN and Inf it leads to. The bytes
+    are on their way to the host until `wait` returns."""
+
+    deltas: Sequence[Delta]
+    nonfinite: Sequence[int]
+    arriving: Sequence[torch.cuda.Event]
+
+    def wait(self) -> None:
+        for event in self.arriving:
+            event.synchronize()
+
+
 def encode_all(
     names: Sequence[str],
     bases: Sequence[torch.Tensor],
@@ -80,6 +135,19 @@ def encode_all(
     """The delta from each base to what it became, like `delta.encode`, and how many NaN and Inf are in the latter. All
     are contiguous and on one device; the deltas' bytes are on the CPU. Both digests are computed. Raises `UsageError`.
     """
+    made = encode_compared(compare_all(names, bases, news, starts=starts))
+    made.wait()
+    return [*zip(made.deltas, made.nonfinite, strict=True)]
+
+
+def compare_all(
+    names: Sequence[str],
+    bases: Sequence[torch.Tensor],
+    news: Sequence[torch.Tensor],
+    *,
+    starts: Sequence[int] | None = None,
+) -> Compared:
+    """The first half of `encode_all`; they must stay as they are until the second is over."""
     for name, base, new in zip(names, bases, news, strict=True):
         alike = base.dtype == new.dtype and base.shape == new.shape and base.device == new.device
         if not alike or base.dtype not in DELTA_DTYPES or not base.is_contiguous() or not new.is_contiguous():
@@ -89,15 +157,23 @@ def encode_all(
                 next_step=f"Both must be alike and contiguous, of {', '.join(map(str, DELTA_DTYPES))}.",
             )
     starts = starts or [0] * len(bases)
-    made: list[tuple[Delta, int]] = [None] * len(bases)  # type: ignore[list-item]
+    seen: list[tuple[Sequence[int], _Seen]] = []
     for width in (2, 4):
         mine = [n for n, base in enumerate(bases) if base.element_size() == width]
         if mine:
-            seen = _detect([bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine])
-            for first, last in batches(seen.counts.tolist(), CHANGES):
-                for n, each in zip(mine[first:last], _encode(_collect(seen, first, last)), strict=True):
-                    made[n] = each
-    return made
+            seen.append((mine, _detect([bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine])))
+    return Compared(seen=seen)
+
+
+def encode_compared(compared: Compared) -> Made:
+    """The second half. What it takes on the device is that of the changes that are taken together, once."""
+    made: dict[int, tuple[Delta, int]] = {}
+    arriving: list[torch.cuda.Event] = []
+    for mine, seen in compared.seen:
+        for first, last in batches(seen.counts.tolist(), CHANGES):
+            made |= zip(mine[first:last], _encode(_collect(seen, first, last), arriving), strict=True)
+    deltas, nonfinite = zip(*(made[n] for n in range(len(made))), strict=True) if made else ((), ())
+    return Made(deltas=deltas, nonfinite=nonfinite, arriving=arriving)
 
 
 def batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
@@ -201,7 +277,7 @@ def _collect(seen: _Seen, first: int, last: int) -> _Found:
     )  # fmt: skip
 
 
-def _encode(found: _Found) -> list[tuple[Delta, int]]:
+def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta, int]]:
     seen, mine = found.seen, found.mine
     news, counts = seen.news[mine], seen.counts[mine]
     device, width = found.keys.device, 8 * news[0].element_size()
@@ -232,73 +308,90 @@ def _encode(found: _Found) -> list[tuple[Delta, int]]:
         places = ends_of(-(-nbytes // ALIGNMENT) * ALIGNMENT)
         target = torch.zeros(int(places[-1]) // 4, dtype=torch.int32, device=device)
         tables, texts = places[:-1] + HEAD_BYTES, places[:-1] + texts
-        facts = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])
-        text, entry, step = sent(facts, device)[:, parts.of]
+        begin = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])
+        text, entry, step = sent(begin, device)[:, parts.of]
         blocks[:, 3], blocks[:, 4], blocks[:, 5] = words.cumsum(0) - words + text, entry + parts.number * step, step
         if len(blocks):
             rice_cuda.write[(len(blocks),)](blocks, begins, found.keys, found.steps, target, **how)
+        sums = seen.sums[mine].astype(np.uint64)
+        heads = heads_with(
+            [new.dtype for new in news], block_bits=block_bits, unit_bits=chosen, entry=entries, nbytes=nbytes,
+            start=seen.starts[mine], numel=numels, count=counts, before=sums[:, :2], after=sums[:, 2:],
+        )  # fmt: skip
+        _finish(target, heads, places[:-1])
     data = torch.empty(target.numel(), dtype=torch.int32, pin_memory=device.type == "cuda")
     data.copy_(target, non_blocking=True)
+    if device.type == "cuda":
+        arriving.append(torch.cuda.current_stream(device).record_event())
+    # While the device is at it.
     raw = data.view(torch.uint8)
+    facts = "start", "numel", "count", "before", "after", "block_bits", "unit_bits", "entry", "nbytes"
     deltas = [
         Delta(
-            dtype=new.dtype, start=start, numel=numel, count=count, before=Digest(*sums[:2]), after=Digest(*sums[2:]),
-            block_bits=bits, unit_bits=low, entry=entry, data=raw[place : place + size],
+            dtype=new.dtype, start=start, numel=numel, count=count, before=Digest(*before), after=Digest(*after),
+            block_bits=bits, unit_bits=low, entry=wide, data=raw[place : place + size],
         )
-        for new, start, sums, numel, count, bits, low, entry, place, size in zip(
-            news, seen.starts[mine], seen.sums[mine].astype(np.uint64).tolist(), numels.tolist(), counts.tolist(),
-            block_bits.tolist(), chosen.tolist(), entries.tolist(), places[:-1].tolist(), nbytes.tolist(), strict=True,
+        for new, place, start, numel, count, before, after, bits, low, wide, size in zip(
+            news, places[:-1].tolist(), *(heads[fact].tolist() for fact in facts), strict=True
         )
     ]  # fmt: skip
-    _finish(deltas, target, data, places[:-1], nbytes)
     return [*zip(deltas, seen.nonfinite[mine].tolist(), strict=True)]
 
 
-def _finish(deltas: Sequence[Delta], target: torch.Tensor, data: torch.Tensor, places: Array, nbytes: Array) -> None:
-    """Heads and seals for deltas at bytes `places` of `target`, of which all but these is on its way into `data`."""
-    device = target.device
-    heads = np.frombuffer(bytearray().join(delta.head() for delta in deltas), np.int32).reshape(len(deltas), -1)
+def _finish(target: torch.Tensor, heads: Heads, places: Array) -> None:
+    """Heads, and seals, for deltas at bytes `places` of `target`."""
+    device, nbytes = target.device, heads["nbytes"].astype(np.int64)
     rows = places[:, None] // 4 + np.arange(HEAD_BYTES // 4)
-    target[sent(rows, device)] = sent(heads, device)
-    digests = _digests(np.stack([target.data_ptr() + places, nbytes], axis=1), device)
-    seals = digests.cpu().numpy()[:, :2].copy().view(np.int32)  # data has all that was queued before
-    here = data.numpy()
-    here[rows] = heads
-    here[(places + nbytes - SEAL_BYTES)[:, None] // 4 + np.arange(SEAL_BYTES // 4)] = seals
+    target[sent(rows, device)] = sent(heads.view(np.int32).reshape(len(heads), -1), device)
+    # Of all bytes but the seal's own.
+    lines = digest_cuda.byte_lines(target.data_ptr() + places, nbytes - SEAL_BYTES)
+    digests = digest_cuda.sum_lines(digest_cuda.table(lines, device))[:, :2].contiguous()
+    rows = (places + nbytes - SEAL_BYTES)[:, None] // 4 + np.arange(SEAL_BYTES // 4)
+    target[sent(rows, device)] = digests.view(torch.int32)
 
 
-def parse_all(names: Sequence[str], data: Sequence[torch.Tensor], scans: Sequence[Scan]) -> list[Delta]:
-    """What `delta.parse` gives for each of many, whose bytes (uint8, 1-D) are on one device and stay there; `scans`:
-    what `digest.scan` gives of all their bytes."""
-    if not data:
-        return []
-    device, runs = data[0].device, np.array([(raw.data_ptr(), raw.numel()) for raw in data])
-    table = torch.empty(len(data), HEAD_BYTES + SEAL_BYTES, dtype=torch.uint8, device=device)
+def parse_all(names: Sequence[str], memory: torch.Tensor, begins: Array, sizes: Array, scans: Sequence[Scan]) -> Deltas:
+    """What `delta.parse` finds out about each of many, of so many bytes in `memory`, which is aligned like their
+    beginnings to 4 of them at least; `scans`: what `digest.scan` gives of all their bytes."""
+    device, addresses = memory.device, memory.data_ptr() + begins
+    table = torch.empty(len(begins), HEAD_BYTES + SEAL_BYTES, dtype=torch.uint8, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        rice_cuda.read_ends[(len(data),)](sent(runs, device), table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
+        if len(begins):
+            runs = sent(np.stack([addresses, sizes], axis=1), device)
+            rice_cuda.read_ends[(len(begins),)](runs, table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
     ends = table.cpu()
     seals = ends[:, HEAD_BYTES:].contiguous()
-    found = np.array([scan.digest for scan in scans], np.uint64)
-    of_seals = scan_rows(seals, np.maximum(runs[:, 1] - SEAL_BYTES, 0))
-    intact = (found - of_seals == seals.numpy().view(np.uint64)).all(axis=1).tolist()
-    heads = map(bytes, ends[:, :HEAD_BYTES].numpy())
-    return [opened(*each) for each in zip(names, data, heads, intact, strict=True)]
+    found = np.array([scan.digest for scan in scans], np.uint64).reshape(-1, 2)
+    of_seals = scan_rows(seals, np.maximum(sizes - SEAL_BYTES, 0))
+    intact = (found - of_seals == seals.numpy().view(np.uint64)).all(axis=1)
+    return Deltas(heads_of(names, ends[:, :HEAD_BYTES].numpy(), sizes, intact), memory, begins)
 
 
-def decode_all(names: Sequence[str], deltas: Sequence[Delta]) -> Changes:
-    """The changes of deltas whose bytes are on one device. Raises `VerificationError` like `delta.decode`, for what
-    can be found out without their bases. What it allocates, the bytes and the counted elements bound."""
-    device = deltas[0].data.device
-    data = [d.data if d.data.data_ptr() % 4 == 0 else d.data.clone() for d in deltas]
-    heads = np.array(
-        [
-            (raw.data_ptr(), d.nbytes, d.blocks, d.entry, d.block_bits, d.unit_bits, 8 * d.dtype.itemsize, d.numel,
-             d.count)
-            for d, raw in zip(deltas, data, strict=True)
-        ],
-        np.int64,
-    ).T  # fmt: skip
-    address, nbytes, blocks, entry, block_bits, unit_bits, width, numel, count = heads
+def together(deltas: Sequence[Delta], device: torch.device) -> Deltas:
+    """Deltas whose bytes are on the CPU, as many on a device; on its current stream, and they must stay until then."""
+    heads = np.frombuffer(bytearray().join(delta.head() for delta in deltas), HEAD)
+    data, first = [delta.data for delta in deltas], deltas[0].data
+    addresses = np.array([each.data_ptr() for each in data])
+    begins, memories = addresses - addresses[0], {each.untyped_storage().data_ptr() for each in data}
+    # Those that were encoded together lie one behind the other, and are copied by one call.
+    if len(memories) > 1 or begins.min() < 0 or (begins % ALIGNMENT).any():
+        begins = ends_of(-(-heads["nbytes"].astype(np.int64) // ALIGNMENT) * ALIGNMENT)
+        memory = torch.empty(int(begins[-1]), dtype=torch.uint8, device=device)
+        for each, begin in zip(data, begins.tolist(), strict=False):
+            memory[begin : begin + each.numel()].copy_(each, non_blocking=True)
+        return Deltas(heads, memory, begins[:-1])
+    size = int((begins + heads["nbytes"].astype(np.int64)).max())
+    memory = first.as_strided((size,), (1,), first.storage_offset()).to(device, non_blocking=True)
+    return Deltas(heads, memory, begins)
+
+
+def decode_all(names: Sequence[str], deltas: Deltas) -> Changes:
+    """The changes of deltas that are on one device. Raises `VerificationError` like `delta.decode`, for what can be
+    found out without their bases. What it allocates, the bytes and the counted elements bound."""
+    device, heads, address = deltas.memory.device, deltas.heads, deltas.memory.data_ptr() + deltas.begins
+    facts = ["nbytes", "entry", "block_bits", "unit_bits", "numel", "count"]
+    nbytes, entry, block_bits, unit_bits, numel, count = np.array([heads[fact] for fact in facts], np.int64)
+    width, blocks = widths_of(heads), blocks_of(numel, count, block_bits)
     tables, origins = address + HEAD_BYTES, ends_of(numel)
     texts = tables + blocks * entry
     lines = np.stack([tables, entry, texts, block_bits, unit_bits, width, numel, origins[:-1]], axis=1)
@@ -348,9 +441,3 @@ def _check_tables(
     # A change takes three bits at least: what is allocated for it has come in.
     if (wrong := np.flatnonzero((filled != rooms) | (changes * 3 > rooms * 32))).size:
         raise harmed(names[wrong[0]], f"its blocks do not fill its {rooms[wrong[0]]} words")
-
-
-def _digests(runs: Array, device: torch.device) -> torch.Tensor:
-    """Of each delta, by its address and its bytes, the digest without its seal, as `digest_cuda.sum_lines` gives it."""
-    lines = digest_cuda.byte_lines(runs[:, 0], np.maximum(runs[:, 1] - SEAL_BYTES, 0))
-    return digest_cuda.sum_lines(digest_cuda.table(lines, device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -92,7 +93,7 @@ Staging = Literal["copy", "lent", "none"]
 `lent` until the commit, or in `none`, so that it goes into the live parameters while the engine stands still."""
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     """What an update holds: a whole model, or with `adapter` a LoRA adapter under PEFT's names, of its own versions.
 
     A delta, of a whole model or of an adapter, holds what changed since `base_version`, for each of `tensors` in
@@ -117,7 +118,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     staging: Staging = "copy"
     bucket_bytes: Annotated[int, msgspec.Meta(ge=4096, le=MAX_BUCKET_BYTES)] = 64 << 20
 
-    @property
+    @functools.cached_property
     def wire(self) -> tuple[TensorSpec, ...]:
         """What travels: `tensors` themselves, or each one's delta as bytes under its name."""
         if self.base_version is None:
@@ -125,7 +126,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         sizes = zip(self.tensors, self.encoded, strict=True)
         return tuple(TensorSpec(name=spec.name, dtype="uint8", shape=(nbytes,)) for spec, nbytes in sizes)
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return sum(spec.nbytes for spec in self.wire)
 

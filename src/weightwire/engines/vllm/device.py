@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightwire.engines.vllm.batched_copy import BatchedCopy, Move
@@ -25,22 +26,25 @@ from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import Box, Rows, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
-from weightwire.updates.digest import Digest, Scan, settle
+from weightwire.updates.digest import Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
 
 __all__ = [
     "DeviceStaging",
+    "Digests",
     "Held",
     "Region",
     "Tables",
     "Version",
+    "parameters_of",
     "scanned",
     "synchronize",
     "table_of",
     "totals",
     "warm_up",
+    "whole_of",
 ]
 
 _ALIGNMENT = 256  # bytes, as torch's own memory has
@@ -117,6 +121,8 @@ class Tables:
 
     key: object = None
     regions: list[Region] = field(default_factory=list)
+    whole_of: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    """Of each region the number of the tensor of which it holds everything, or -1."""
     copies: BatchedCopy | None = None
     live: Table | None = None
     live_of: list[int] = field(default_factory=list)
@@ -128,16 +134,22 @@ class Tables:
     layouts: dict[Sequence[str], Layout] = field(default_factory=dict)
     """By the names that are staged."""
     layouts_of: object = None
+    names: tuple[Plan, Mapping[str, torch.dtype], tuple[set[str], set[str], tuple[str, ...]]] | None = None
+    """As `DeviceStaging._names` found them, and of what."""
     places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
     """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere.
     Of the same plan as the layouts."""
 
 
+Digests = npt.NDArray[np.uint64]
+"""Rows (low, high)."""
+
+
 class Version(NamedTuple):
     """What was committed and proven: the digest of each tensor of the manifest, and of each region of the plan."""
 
-    tensors: Sequence[Digest]
-    regions: Sequence[Digest]
+    tensors: Digests
+    regions: Digests
 
 
 @dataclass(slots=True)
@@ -170,23 +182,15 @@ class DeviceStaging:
     ) -> None:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
         self._held = held
-        self._arrived: list[Digest] = []
+        self._arrived = self._expected = np.zeros((0, 3), np.uint64)  # rows as those of `totals`
         self.takes = plan.takes_of(manifest.tensors)
         self._lent: dict[int, int] = {}
         self._staged: Mapping[str, torch.Tensor] = {}
         self._regions: list[Region] = []
-        self._expected: list[Scan] = []
         self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
-        self._cast = {
-            copy.parameter
-            for spec, copies in zip(manifest.tensors, plan.copies, strict=True)
-            for copy in copies
-            if live[copy.parameter][0].dtype != getattr(torch, spec.dtype)
-        }
-        named = {copy.parameter for copies in plan.copies for copy in copies}.union(self.computed)
-        # Of a tensor that is cast on its way into one parameter, all is written.
-        cast = {c.parameter for copies in plan.copies if any(c.parameter in self._cast for c in copies) for c in copies}
+        self._cast, cast, self._all = self._names()
+        named = self._all
         if manifest.staging == "none":
             if self.computed:
                 raise UnsupportedError(
@@ -199,9 +203,23 @@ class DeviceStaging:
                     next_step="Publish without staging='none'.",
                 )
             self._staged = {name: live[name][0] for name in named}
-        self._all = tuple(sorted(named))
         self._own = {"copy": self._all, "lent": tuple(sorted(cast.union(self.computed))), "none": ()}[manifest.staging]
         self.nbytes = self._layout(self._own).nbytes
+
+    def _names(self) -> tuple[set[str], set[str], tuple[str, ...]]:
+        """Parameters that something is cast for; those that it, or another part of the same tensor, goes to; and all
+        that are written. Found out once for a plan, while parameters keep their dtypes."""
+        dtypes = {name: tensors[0].dtype for name, tensors in self._live.items()}
+        found = self._tables.names
+        if found is None or found[0] is not self._plan or found[1] != dtypes:
+            copies = self._plan.copies
+            specs = zip(self._manifest.tensors, copies, strict=True)
+            cast = {c.parameter for s, own in specs for c in own if dtypes[c.parameter] != getattr(torch, s.dtype)}
+            # Of a tensor that is cast on its way into one parameter, all is written.
+            beside = {c.parameter for own in copies if any(c.parameter in cast for c in own) for c in own}
+            named = {copy.parameter for own in copies for copy in own}.union(self.computed)
+            found = self._tables.names = (self._plan, dtypes, (cast, beside, tuple(sorted(named))))
+        return found[2]
 
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._ingredients.write(tensor, start, data, self._allocated)
@@ -269,7 +287,7 @@ class DeviceStaging:
             self._lent[tensor] = data.data_ptr()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        self._arrived = [scan.digest for scan in scans]
+        self._arrived = np.array([(*s.digest, s.nonfinite) for s in scans], np.uint64).reshape(-1, 3)
         # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
         for name in self._cast.union(self.computed) & self._staged.keys() if self._manifest.finite else ():
             refuse_infinite(name, self._staged[name])
@@ -280,10 +298,9 @@ class DeviceStaging:
             self._fill(key)
         self._regions = self._tables.regions
         # A tensor that goes somewhere as a whole has the digest it arrived with; of a part it is found out.
-        parts = totals(scanned(self._tables.parts), self._tables.parts_of, len(self._regions))
-        self._expected = [
-            scans[region.number] if region.is_whole else part for region, part in zip(self._regions, parts, strict=True)
-        ]
+        self._expected = totals(scanned(self._tables.parts), self._tables.parts_of, len(self._regions))
+        whole = self._tables.whole_of >= 0
+        self._expected[whole] = self._arrived[self._tables.whole_of[whole]]
         # What was staged on this stream is there before the engine's own stream copies it.
         synchronize(self._device)
 
@@ -299,19 +316,13 @@ class DeviceStaging:
 
     def proof(self) -> dict[str, Proof]:
         found = totals(scanned(self._tables.live), self._tables.live_of, len(self._regions))
-        wrong = sorted(
-            {
-                region.copy.parameter
-                for region, live, expected in zip(self._regions, found, self._expected, strict=True)
-                if live != expected
-            }
-        )
+        wrong = parameters_of(self._regions, (found != self._expected).any(axis=1))
         if wrong:
             raise VerificationError(
                 f"{len(wrong)} live parameters are not what was staged: {', '.join(wrong[:5])}",
                 next_step="Publish a complete update.",
             )
-        self._held.take(self._plan, Version(self._arrived, [scan.digest for scan in self._expected]))
+        self._held.take(self._plan, Version(self._arrived[:, :2], self._expected[:, :2]))
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
@@ -398,6 +409,7 @@ class DeviceStaging:
         ]
         for number, name in enumerate(self.computed):
             tables.regions += self._computed_places(number, name)
+        tables.whole_of = whole_of(tables.regions)
         numbered = list(enumerate(tables.regions))
         live = [(n, line) for n, r in numbered for line in r.lines(r.target, r.copy.strides)]
         parts = [(n, line) for n, r in numbered if not r.is_whole for line in r.lines(r.source, r.strides)]
@@ -433,12 +445,23 @@ def scanned(ready: Table | None) -> torch.Tensor | None:
     return sum_lines(ready) if ready is not None and ready.lines else None
 
 
-def totals(sums: torch.Tensor | None, of: Sequence[int], count: int) -> list[Scan]:
-    """Scans of `count` regions, of which these are the parts (`digest_cuda.sum_lines`); waits for them."""
+def totals(sums: torch.Tensor | None, of: Sequence[int], count: int) -> npt.NDArray[np.uint64]:
+    """Scans of `count` regions, rows (low, high, nonfinite), of which these are the parts (`digest_cuda.sum_lines`);
+    waits for them."""
     rows = np.zeros((count, 3), np.uint64)
     if sums is not None:
         np.add.at(rows, np.array(of, np.int64), sums.cpu().numpy().view(np.uint64))  # modulo 2^64, as digests are
-    return [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in rows.tolist()]
+    return rows
+
+
+def whole_of(regions: Sequence[Region]) -> npt.NDArray[np.int64]:
+    """As in `Tables`."""
+    return np.array([region.number if region.is_whole else -1 for region in regions], np.int64)
+
+
+def parameters_of(regions: Sequence[Region], which: npt.NDArray[np.bool_]) -> list[str]:
+    """The parameters that these regions are in."""
+    return sorted({regions[n].copy.parameter for n in np.flatnonzero(which).tolist()})
 
 
 def synchronize(device: torch.device) -> None:

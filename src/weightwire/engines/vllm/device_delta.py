@@ -11,15 +11,28 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from weightwire.engines.staged_delta import ArrivingDelta
 from weightwire.engines.vllm.copy_plan import Plan
-from weightwire.engines.vllm.device import Held, Region, Version, scanned, synchronize, table_of, totals
+from weightwire.engines.vllm.device import (
+    Digests,
+    Held,
+    Region,
+    Version,
+    parameters_of,
+    scanned,
+    synchronize,
+    table_of,
+    totals,
+    whole_of,
+)
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
-from weightwire.updates.buckets import Bucket, Piece, copy_pieces
-from weightwire.updates.delta import DELTA_DTYPES, Delta
+from weightwire.updates.buckets import Bucket, Piece
+from weightwire.updates.delta import DELTA_DTYPES, Heads
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.digest_cuda import Table
@@ -67,16 +80,21 @@ class DeviceDelta(ArrivingDelta):
         with torch.cuda.stream(self._beside):
             self._scanning = scanned(self._places.lines)
         self._patches: Patches | None = None
-        self._expected: list[Digest] = []
+        self._expected: Digests = np.zeros((0, 2), np.uint64)
+        self._after = self._expected
         self.after: Sequence[Digest] = ()
 
     def write_bucket(self, bucket: Bucket, data: torch.Tensor) -> None:
-        self._allocate()
-        copy_pieces(bucket, data, self._bytes, fill=False)
+        starts = {self._begins[piece.tensor] + piece.start - piece.offset for piece in bucket.pieces}
+        if len(starts) == 1:  # they lie there as they do in the bucket
+            (start,) = starts
+            self._arriving()[start : start + bucket.nbytes].copy_(data)
+            return
+        for piece in bucket.pieces:
+            self.write(piece.tensor, piece.start, piece.within(data))
 
     def place(self, piece: Piece) -> torch.Tensor:
-        self._allocate()
-        return piece.of(self._bytes[piece.tensor])
+        return piece.of(self._bytes(piece.tensor))
 
     def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
         """Each of them has come to its place."""
@@ -85,19 +103,20 @@ class DeviceDelta(ArrivingDelta):
         return False  # an engine that is lent the trainer's memory is sent no deltas
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        self._allocate()
         names = [spec.name for spec in self._specs]
-        deltas = parse_all(names, self._bytes, scans)
-        self._check_bases(deltas)
-        if not deltas:
+        sizes = np.array(self._encoded, np.int64)
+        deltas = parse_all(names, self._arriving(), np.array(self._begins[:-1], np.int64), sizes, scans)
+        self._check_bases(deltas.heads)
+        if not names:
             return
         _warm_up(self._device)
         changes = decode_all(names, deltas)
-        self._bytes.clear()
+        self._memory = None
         self._check_live()
         self._patches = Patches(changes, self._places.sites)
-        self._check_results(deltas, totals(self._patches.look(), self._places.sites_of, len(self._regions)))
-        self.after = [delta.after for delta in deltas]
+        self._after = deltas.heads["after"]
+        self._check_results(totals(self._patches.look(), self._places.sites_of, len(self._regions)))
+        self.after = [Digest(*row) for row in self._after.tolist()]
         # The engine's own thread commits, on another stream.
         synchronize(self._device)
 
@@ -119,29 +138,32 @@ class DeviceDelta(ArrivingDelta):
 
     def proof(self) -> dict[str, Proof]:
         self._expect(self._expected)
-        self._held.take(self._plan, Version(self.after, self._expected))
+        self._held.take(self._plan, Version(self._after, self._expected))
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
         if self._beside is not None:
             self._beside.synchronize()  # it reads tables that may go now
-        self._bytes.clear()
+        self._memory = None
         self._patches = None
 
-    def _check_bases(self, deltas: Sequence[Delta]) -> None:
-        for spec, delta, held in zip(self._specs, deltas, self._before.tensors, strict=True):
-            if (delta.start, delta.numel, delta.dtype) != (0, spec.numel, getattr(torch, spec.dtype)):
+    def _check_bases(self, heads: Heads) -> None:
+        covered = np.stack([heads["start"], heads["numel"], heads["dtype"]], axis=1)
+        other = (covered != self._places.covers).any(axis=1)
+        for n in np.flatnonzero(other | (heads["before"] != self._before.tensors).any(axis=1)).tolist():
+            spec, (start, numel, code) = self._specs[n], covered[n].tolist()
+            if other[n]:
+                dtype = next(dtype for dtype, number in DELTA_DTYPES.items() if number == code)
                 raise ShapeMismatch(
-                    f"{spec.name!r}: the delta is of {delta.numel} elements of {delta.dtype} from {delta.start} on, not"
-                    f" of {spec.numel} of {spec.dtype}",
+                    f"{spec.name!r}: the delta is of {numel} elements of {dtype} from {start} on, not of"
+                    f" {spec.numel} of {spec.dtype}",
                     next_step="Send a delta of this very tensor.",
                 )
-            if delta.before != held:
-                raise VersionError(
-                    f"{spec.name!r}: the delta starts from elements of digest {delta.before.hex()}, here is"
-                    f" {held.hex()}",
-                    next_step="Send the tensor dense, or the delta from what is here.",
-                )
+            raise VersionError(
+                f"{spec.name!r}: the delta starts from elements of digest {_hex(heads['before'][n])}, here is"
+                f" {_hex(self._before.tensors[n])}",
+                next_step="Send the tensor dense, or the delta from what is here.",
+            )
 
     def _check_live(self) -> None:
         """Also has the current stream wait for the tables."""
@@ -153,28 +175,29 @@ class DeviceDelta(ArrivingDelta):
                 next_step="Publish everything.",
             )
 
-    def _check_results(self, deltas: Sequence[Delta], found: Sequence[Scan]) -> None:
-        self._expected = [before + more.digest for before, more in zip(self._before.regions, found, strict=True)]
-        for region, scan, expected in zip(self._regions, found, self._expected, strict=True):
-            name, after = region.spec.name, deltas[region.number].after
-            if region.is_whole and expected != after:
-                raise VerificationError(
-                    f"{name!r}: after the delta its digest is {expected.hex()}, it should be {after.hex()}",
-                    next_step="Send the update again.",
-                )
-            if scan.nonfinite and self._finite:
-                raise NonFinite(
-                    f"NaN or Inf in {name} ({scan.nonfinite} of what changes)",
-                    next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
-                )
+    def _check_results(self, found: npt.NDArray[np.uint64]) -> None:
+        self._expected = self._before.regions + found[:, :2]
+        whole = np.flatnonzero(self._places.whole_of >= 0)
+        after = self._after[self._places.whole_of[whole]]
+        for n in whole[(self._expected[whole] != after).any(axis=1)].tolist():
+            region = self._regions[n]
+            raise VerificationError(
+                f"{region.spec.name!r}: after the delta its digest is {_hex(self._expected[n])}, it should be"
+                f" {_hex(self._after[region.number])}",
+                next_step="Send the update again.",
+            )
+        for n in np.flatnonzero(found[:, 2]).tolist() if self._finite else ():
+            raise NonFinite(
+                f"NaN or Inf in {self._regions[n].spec.name} ({found[n, 2]} of what changes)",
+                next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+            )
 
-    def _unlike(self, digests: Sequence[Digest], sums: torch.Tensor | None = None) -> list[str]:
+    def _unlike(self, digests: Digests, sums: torch.Tensor | None = None) -> list[str]:
         sums = scanned(self._places.lines) if sums is None else sums
         found = totals(sums, self._places.lines_of, len(self._regions))
-        pairs = zip(self._regions, found, digests, strict=True)
-        return sorted({region.copy.parameter for region, scan, digest in pairs if scan.digest != digest})
+        return parameters_of(self._regions, (found[:, :2] != digests).any(axis=1))
 
-    def _expect(self, digests: Sequence[Digest]) -> None:
+    def _expect(self, digests: Digests) -> None:
         if wrong := self._unlike(digests):
             raise VerificationError(
                 f"{len(wrong)} live parameters were read back and are not what they should be: {', '.join(wrong[:5])}",
@@ -190,6 +213,10 @@ class _Places:
     plan: Plan
     addresses: Sequence[int]
     regions: Sequence[Region]
+    whole_of: npt.NDArray[np.int64]
+    """As in `device.Tables`."""
+    covers: npt.NDArray[np.uint64]
+    """What a delta of each tensor covers: its first element, how many, and the number of their dtype."""
     lines: Table
     lines_of: Sequence[int]
     sites: Sites
@@ -209,11 +236,17 @@ class _Places:
         numbered = [(n, line) for n, r in enumerate(regions) for line in r.lines(r.target, r.copy.strides)]
         lines, lines_of = table_of(numbered, device)
         sites = [(n, site) for n, region in enumerate(regions) for site in _sites(region)]
+        covers = [(0, spec.numel, DELTA_DTYPES.get(getattr(torch, spec.dtype), 0)) for spec in manifest.tensors]
         return cls(
             plan=plan, addresses=[tensor.data_ptr() for tensors in live.values() for tensor in tensors],
-            regions=regions, lines=lines, lines_of=lines_of,
+            regions=regions, whole_of=whole_of(regions), covers=np.array(covers, np.uint64).reshape(-1, 3),
+            lines=lines, lines_of=lines_of,
             sites=Sites([site for _, site in sites]), sites_of=[n for n, _ in sites],
         )  # fmt: skip
+
+
+def _hex(digest: Digests) -> str:
+    return Digest(*digest.tolist()).hex()
 
 
 def _refuse(regions: Sequence[Region], plan: Plan) -> None:

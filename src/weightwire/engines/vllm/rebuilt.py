@@ -87,7 +87,7 @@ class Rebuilt(ArrivingDelta):
             self._patches.append(patch)
             after.append(delta.after)
         self.after = after
-        self._bytes.clear()
+        self._memory = None
         self._inner.seal(whole)
 
     def check(self, seconds: float) -> bool:
@@ -108,7 +108,7 @@ class Rebuilt(ArrivingDelta):
         self._host.whole = True
 
     def discard(self) -> None:
-        self._bytes.clear()
+        self._memory = None
         self._patches.clear()
         self._slots.clear()
         self._inner.discard()

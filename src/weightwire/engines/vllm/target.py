@@ -48,6 +48,7 @@ class VllmTarget:
         self._packer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weightwire-pack")
         self._tables: Any = None
         self._held: Any = None
+        self._lives: tuple[object, dict[str, list[torch.Tensor]]] | None = None  # where it was found, and what
         self._host: HostCopy | None = None
         self._spare = Spare()
         device = torch.device(worker.device)
@@ -113,14 +114,17 @@ class VllmTarget:
         )
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
-        live: dict[str, dict[int, torch.Tensor]] = {}
+        names = [(slot.module, own, name) for slot in self._slots for own, name in slot.parameters.items()]
         # vLLM's parameters have a torch function of their own, which makes each call on one five times as long.
         with torch._C.DisableTorchFunctionSubclass():
-            for slot in self._slots:
-                for own, name in slot.parameters.items():
-                    tensor = getattr(slot.module, own).detach()
-                    live.setdefault(name, {})[tensor.data_ptr()] = tensor
-        return {name: list(tensors.values()) for name, tensors in live.items()}
+            now = [getattr(module, own) for module, own, _ in names]
+            where = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in now]
+            if self._lives is None or self._lives[0] != where:
+                live: dict[str, dict[int, torch.Tensor]] = {}
+                for (_, _, name), tensor in zip(names, now, strict=True):
+                    live.setdefault(name, {})[tensor.data_ptr()] = tensor.detach()
+                self._lives = (where, {name: list(tensors.values()) for name, tensors in live.items()})
+        return self._lives[1]
 
     def prepare_delta(self, manifest: Manifest) -> DeltaStaging:
         self._refuse_unsupported()
@@ -161,8 +165,9 @@ class VllmTarget:
     def room(self) -> int:
         device = torch.device(self._worker.device)
         if device.type == "cuda":
-            # What torch has and does not use can be had again.
-            idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            # What torch has and does not use can be had again. Each of torch's own questions asks for all of this.
+            known = torch.cuda.memory_stats_as_nested_dict(device)
+            idle: int = known["reserved_bytes"]["all"]["current"] - known["allocated_bytes"]["all"]["current"]
             room = torch.cuda.mem_get_info(device)[0] + idle
         else:
             room = self._host_room() + self._spare.nbytes
