@@ -22,7 +22,7 @@ import torch
 import weightwire as ww
 from support import same, snapshot, tiny, weights_for
 from weightwire import run, transports
-from weightwire.receiver import Receiver
+from weightwire.receiver import Lent, Receiver
 from weightwire.run import Run
 from weightwire.sources import find
 from weightwire.sources.tensors import TensorSource
@@ -779,3 +779,103 @@ def test_nothing_of_a_publish_is_left_for_the_garbage_collector(
     finally:
         gc.enable()
     assert len(made) == 2
+
+
+# -- what is lent --------------------------------------------------------------------------------------------------
+
+
+class Lending:
+    """Memory that is lent from this process to itself, as `cuda-ipc` lends a GPU's."""
+
+    name = "cuda-ipc"
+
+    def __init__(self, weights: Any) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def offer(self, host: str) -> Iterator[str]:
+        yield "cuda-ipc:"
+
+    @contextlib.contextmanager
+    def lend(self, tensors: Any) -> Iterator[str]:
+        Lending.lent = tensors
+        yield "cuda-ipc:"
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def lending(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(transports._MAKERS, "cuda-ipc", Lending)
+    monkeypatch.setitem(transports._PROBE, "cuda-ipc", lambda offer: None)
+    monkeypatch.setitem(transports._OPEN, "cuda-ipc", lambda address, tensors: Lent(Lending.lent))
+
+
+@pytest.mark.usefixtures("lending")
+def test_where_nothing_travels_a_commit_is_asked_for_while_the_engine_begins(engines: Any) -> None:
+    engine = engines()
+    call, commit, asked = engine._host.call, engine.commit, threading.Event()
+
+    async def answer(op: str, *args: Any) -> Any:
+        replies = await call(op, *args)
+        while op == "begin" and not asked.is_set():  # for ever, if it is waited for
+            await asyncio.sleep(0.01)
+        return replies
+
+    def tell(*args: Any, **how: Any) -> Any:
+        asked.set()
+        return commit(*args, **how)
+
+    engine._host.call, engine.commit = answer, tell
+    new = weights_for(engine.model, 1)
+    receipt = publish(new, engine, 1, deadline=20.0)
+    assert same(engine.model, new)
+    assert receipt.engines["a"].transport == "cuda-ipc"
+
+
+@pytest.mark.usefixtures("lending")
+def test_a_commit_that_comes_before_its_beginning_is_asked_for_again(engines: Any) -> None:
+    engine = engines()
+    begin, commit, overtaken = engine.begin, engine.commit, threading.Event()
+    refused: list[str] = []
+
+    def late(*args: Any, **how: Any) -> Any:
+        assert overtaken.wait(20)
+        return begin(*args, **how)
+
+    def early(*args: Any, **how: Any) -> Any:
+        try:
+            return commit(*args, **how)
+        except ww.UpdateNotFound as error:
+            refused.append(str(error.phase))
+            raise
+        finally:
+            overtaken.set()
+
+    engine.begin, engine.commit = late, early
+    new = weights_for(engine.model, 1)
+    publish(new, engine, 1, deadline=30.0)
+    assert same(engine.model, new)
+    assert refused == ["seal"]
+
+
+@pytest.mark.usefixtures("lending")
+def test_of_a_beginning_that_fails_while_its_commit_is_asked_for_the_reason_is_told(engines: Any) -> None:
+    engine = engines()
+    old, commit, asked = snapshot(engine.model), engine.commit, threading.Event()
+
+    def busy(*args: Any, **how: Any) -> Any:
+        assert asked.wait(20)
+        raise ww.BusyError("held by another")
+
+    def tell(*args: Any, **how: Any) -> Any:
+        asked.set()
+        return commit(*args, **how)
+
+    begin, engine.begin, engine.commit = engine.begin, busy, tell
+    with pytest.raises(ww.BusyError, match="held by another") as caught:
+        publish(weights_for(engine.model, 1), engine, 1, deadline=30.0)
+    assert (caught.value.engine, caught.value.phase) == ("a", "begin")
+    engine.begin, engine.commit = begin, commit
+    assert_unharmed(engine, old, None)

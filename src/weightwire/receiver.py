@@ -639,7 +639,7 @@ class Receiver:
                 raise StateError(f"unknown operation {op!r}", next_step="Install the same weightwire on both sides.")
             values = msgspec.msgpack.decode(arguments, type=dict[str, Any])
             self._drop()  # this is the engine's own thread, where a lease's end is not
-            with collecting_later():
+            with collecting_later(), taking_turns():
                 reply = {"ok": call(**values) if body is None else call(**values, body=body)}
         except WeightwireError as error:
             reply = {"error": error.to_wire()}
@@ -901,11 +901,11 @@ def _not_arrived(update: _Update) -> StateError:
 
 
 def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) -> None:
-    specs = update.manifest.tensors
-    wrong = [
-        spec.name for spec, found, sent in zip(specs, update.known, digests, strict=True) if found.digest.hex() != sent
-    ]
-    if wrong:
+    specs, found = update.manifest.tensors, [each.digest for each in update.known]
+    # Of hundreds, almost always all are equal.
+    if [*digests] != [digest.hex() for digest in found]:
+        pairs = zip(specs, found, digests, strict=True)
+        wrong = [spec.name for spec, digest, sent in pairs if digest.hex() != sent]
         raise VerificationError(
             f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {rank}: {_some(wrong)}",
             next_step="Nothing was changed. Publish again; if it repeats, try another transport.",

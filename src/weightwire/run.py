@@ -163,7 +163,8 @@ class Run:
         alone = self._ranks is None and len(self._fleet.engines) == 1  # then it waits for nobody, and is asked once
         if not (alone and self._fetches_by_itself):
             together.on_leader(self._finish)
-        together.on_leader(self._push_until_begun)
+        if not (alone and self._fetches_by_itself and not self._senders):
+            together.on_leader(self._push_until_begun)
         marks.append(time.perf_counter())
         digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
         if not alone:
@@ -607,7 +608,7 @@ class Run:
     ) -> dict[str, EngineReceipt]:
         """`digests`: of engines that are to seal it first."""
 
-        def commit(engine: Engine) -> EngineReceipt:
+        def ask(engine: Engine) -> EngineReceipt:
             return engine.commit(
                 self._id(engine),
                 digests=digests.get(engine.name),
@@ -615,6 +616,17 @@ class Run:
                 keep_cache=keep_cache,
                 timeout=self._fleet.left(),
             )
+
+        def commit(engine: Engine) -> EngineReceipt:
+            beginning = self._beginning[engine.name]
+            begun = beginning.done()
+            try:
+                return ask(engine)
+            except UpdateNotFound:
+                # Asked for while the update was being begun, it may have come there first.
+                if begun or not isinstance(beginning.result(self._fleet.left()), Begun):
+                    raise
+                return ask(engine)
 
         self._commits = self._fleet.start("commit", commit)
         if digests:
@@ -626,6 +638,7 @@ class Run:
         errors = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, WeightwireError)}
         if not errors:
             return outcomes  # type: ignore[return-value]
+        results(self._beginning)  # one that was not waited for and failed is why there was nothing to commit
         if len(errors) == len(outcomes) == 1:
             error = next(iter(errors.values()))
             ended = isinstance(error, UpdateNotFound) and error.phase == "seal"

@@ -118,6 +118,7 @@ class Control:
         self.stale = False
         """Whether new requests on this side may not find the adapters that the ranks have."""
         self._refreshing = asyncio.Lock()
+        self._beginnings: dict[str, asyncio.Event] = {}  # updates that are being begun from here
         self._ended: set[str] = set()  # updates for which the engine stood still, that were committed from here
         self._standing: str | None = None  # the last update for which it was to stand still from its beginning
         self._lone_adapter: str | None = None  # the last that was begun from here, if there is one rank
@@ -164,6 +165,7 @@ class Control:
         plain = msgspec.json.encode(manifest)
         in_place = manifest.staging == "none"
         early = None if in_place else address
+        self._beginnings[id] = begun = asyncio.Event()
         try:
             ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
             refuse_left_over(manifest, ranks)
@@ -176,6 +178,9 @@ class Control:
         except (WeightwireError, asyncio.CancelledError) as error:
             await self.give_up(id, error, "another rank refused it, or its trainer hung up")
             raise
+        finally:
+            del self._beginnings[id]
+            begun.set()
         self._lone_adapter = id if manifest.adapter is not None and len(ranks) == 1 else None
         return Begun(id=id, ranks=len(ranks))
 
@@ -206,9 +211,12 @@ class Control:
     async def commit(
         self, id: str, pause: Pause, keep_cache: KeepCache, timeout: float, digests: Sequence[str] | None = None
     ) -> EngineReceipt:
-        """Make it live; with `digests`, seal it first. That the caller is gone breaks it off as long as it is being
-        sealed, and what is one question with that is undone; from then on not: it either happened or it did not."""
+        """Make it live; with `digests`, seal it first. It may be asked for while the update is still being begun. That
+        the caller is gone breaks it off as long as it is being sealed, and what is one question with that is undone;
+        from then on not: it either happened or it did not."""
         deadline = time.monotonic() + timeout
+        if (begun := self._beginnings.get(id)) is not None:
+            await self._in_time(begun.wait(), timeout, "begin")
         if digests is None:
             return await asyncio.shield(self._commit(id, pause, keep_cache, deadline))
         if id == self._lone_adapter and await self._is_only_client(timeout):

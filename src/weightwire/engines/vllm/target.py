@@ -114,14 +114,14 @@ class VllmTarget:
         )
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
-        names = [(slot.module, own, name) for slot in self._slots for own, name in slot.parameters.items()]
         # vLLM's parameters have a torch function of their own, which makes each call on one five times as long.
         with torch._C.DisableTorchFunctionSubclass():
-            now = [getattr(module, own) for module, own, _ in names]
+            now = [getattr(slot.module, own) for slot in self._slots for own in slot.parameters]
             where = [(tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) for tensor in now]
             if self._lives is None or self._lives[0] != where:
                 live: dict[str, dict[int, torch.Tensor]] = {}
-                for (_, _, name), tensor in zip(names, now, strict=True):
+                names = [name for slot in self._slots for name in slot.parameters.values()]
+                for name, tensor in zip(names, now, strict=True):
                     live.setdefault(name, {})[tensor.data_ptr()] = tensor.detach()
                 self._lives = (where, {name: list(tensors.values()) for name, tensors in live.items()})
         return self._lives[1]
