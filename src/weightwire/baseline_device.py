@@ -20,7 +20,7 @@ from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from weightwire.updates.delta_cuda import Compared, Made  # needs Triton
+    from weightwire.updates.delta_cuda import Compared, Made, Pairs  # needs Triton
     from weightwire.updates.patch_cuda import Sites
 
 __all__ = ["DeviceBaseline"]
@@ -34,9 +34,8 @@ _SPARSE = 0.1  # where less has changed, all is compared the next time, and no s
 
 @dataclass(frozen=True, slots=True)
 class _Look(Look):
-    """The tensors as they were found, and what they all are beside what is kept, if that was looked at."""
+    """And what all tensors are beside what is kept of them, if that was looked at."""
 
-    news: list[torch.Tensor]
     compared: Compared | None = None
 
 
@@ -51,32 +50,37 @@ class DeviceBaseline(Baseline):
         self._source = source
         self._written = False
         self._sites: tuple[tuple[int, int], Sites] | None = None
+        self._paired: tuple[object, list[Pairs]] | None = (
+            None  # where the tensors were found, and what was made of that
+        )
         self._made: Made | None = None
         self._sparse = False  # whether little had changed the last time
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
 
     def look(self, read: Read) -> _Look:
-        from weightwire.updates.delta_cuda import density  # needs Triton
+        from weightwire.updates.delta_cuda import compare_all, density  # needs Triton
 
-        news = self._news()
-        if self._sparse and sum(base.numel() for base in self._tensors) <= _ELEMENTS:
+        if self._sparse and len(self._batches) == 1:
             # Most likely it is again, and what is compared now is encoded next.
-            compared = self._compare(news, 0, len(news))
-            look = _Look(compared.density, news, compared)
+            (pairs,) = self._pairs()
+            compared = compare_all(pairs)
+            look = _Look(compared.density, compared)
         else:
-            look = _Look(density(self._tensors, news, sample=_SAMPLE), news)
+            look = _Look(density(self._tensors, self._news(), sample=_SAMPLE))
         self._sparse = look.density < _SPARSE
         return look
 
     def encode(self, read: Read, look: Look | None = None, *, finite: bool) -> list[Delta]:
-        from weightwire.updates.delta_cuda import batches, encode_compared
+        from weightwire.updates.delta_cuda import compare_all, encode_compared
 
-        seen = look if isinstance(look, _Look) else _Look(0.0, self._news())
+        seen = look.compared if isinstance(look, _Look) else None
         deltas: list[Delta] = []
-        for first, last in batches([new.numel() for new in seen.news], _ELEMENTS):
+        for (first, last), compared in zip(
+            self._batches, map(compare_all, self._pairs()) if seen is None else [seen], strict=True
+        ):
             self.wait()
-            self._made = made = encode_compared(seen.compared or self._compare(seen.news, first, last))
+            self._made = made = encode_compared(compared)
             names = [spec.name for spec in self._specs[first:last]]
             for number, (name, delta, nonfinite) in enumerate(
                 zip(names, made.deltas, made.nonfinite, strict=True), first
@@ -96,12 +100,36 @@ class DeviceBaseline(Baseline):
                 deltas.append(delta)
         return deltas
 
-    def _compare(self, news: list[torch.Tensor], first: int, last: int) -> Compared:
-        from weightwire.updates.delta_cuda import compare_all
+    @property
+    def _batches(self) -> list[tuple[int, int]]:
+        from weightwire.updates.delta_cuda import batches
 
-        names = [spec.name for spec in self._specs[first:last]]
-        starts = [part.start for part in self._parts[first:last]]
-        return compare_all(names, self._tensors[first:last], news[first:last], starts=starts)
+        return [*batches([base.numel() for base in self._tensors], _ELEMENTS)]
+
+    def _pairs(self) -> list[Pairs]:
+        """Of each batch the tensors beside what is kept of them. They are mostly where they were; meanwhile none of
+        them is held."""
+        from weightwire.updates.delta_cuda import pair_up
+
+        now = self._own()
+        where = [(tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device) for tensor in now]
+        if self._paired is None or self._paired[0] != where:
+            news, pairs = self._news(), []
+            for first, last in self._batches:
+                names = [spec.name for spec in self._specs[first:last]]
+                starts = [part.start for part in self._parts[first:last]]
+                pairs.append(pair_up(names, self._tensors[first:last], news[first:last], starts=starts))
+            self._paired = where, pairs
+        found = self._paired[1]
+        if any(each.of_copies for each in found):
+            self._paired = None
+        return found
+
+    def _own(self) -> list[torch.Tensor]:
+        if self._source.ranks is not None:
+            return [*cast(SpreadSource, self._source).own().values()]
+        whole = getattr(self._source, "whole", None)
+        return [*((whole() if whole else None) or ())]
 
     def wait(self) -> None:
         made, self._made = self._made, None
@@ -132,7 +160,7 @@ class DeviceBaseline(Baseline):
 
     def start(self, specs: tuple[TensorSpec, ...], parts: tuple[Part, ...] = ()) -> None:
         self.version, self._written = None, False
-        self._sites = None
+        self._sites = self._paired = None
         if odd := next((spec.name for spec, part in zip(specs, parts, strict=bool(parts)) if not part.is_run), None):
             raise _unsupported(f"{odd} is cut along an inner dimension", "Take baseline='host'.")
         self._device = next(iter(self._current().values())).device
@@ -167,9 +195,7 @@ class DeviceBaseline(Baseline):
         if self._source.ranks is not None:
             named = {name: tensor.detach() for name, tensor in cast(SpreadSource, self._source).own().items()}
         else:
-            specs = self._source.metadata()
-            whole = getattr(self._source, "whole", None)
-            tensors = (whole() if whole else None) or ()
+            specs, tensors = self._source.metadata(), self._own()
             named = {spec.name: tensor.detach() for spec, tensor in zip(specs, tensors, strict=bool(tensors))}
         if not named:
             raise _unsupported(

@@ -47,8 +47,8 @@ class Reading:
         self._spread = cast(SpreadSource, source)  # where there are ranks, and parts are asked for
         self._order = _order(specs)
         self._dtypes = [getattr(torch, specs[n].dtype) for n in self._order]
-        self.specs = tuple(_narrowed(specs[n], dtype) for n in self._order)
-        self._sent = [getattr(torch, spec.dtype) for spec in self.specs]
+        self.specs = tuple(specs[n] if dtype is None else _narrowed(specs[n], dtype) for n in self._order)
+        self._sent = self._dtypes if dtype is None else [getattr(torch, spec.dtype) for spec in self.specs]
         self.parts: list[Mapping[int, Part]] = []
         self.mine: tuple[Part, ...] = ()
         if source.ranks is not None and parts:
@@ -111,8 +111,8 @@ class Reading:
             raise SourceError(f"tensor number {tensor} could not be read: {error!r}", phase="stage") from error
 
 
-def _narrowed(spec: TensorSpec, dtype: str | None) -> TensorSpec:
-    if dtype is None or getattr(torch, dtype).itemsize >= spec.itemsize:
+def _narrowed(spec: TensorSpec, dtype: str) -> TensorSpec:
+    if getattr(torch, dtype).itemsize >= spec.itemsize:
         return spec
     return msgspec.structs.replace(spec, dtype=dtype)
 

@@ -6,6 +6,7 @@ from tests.kernels.device import DEVICE
 
 from weightwire import baseline_device, chain
 from weightwire.baseline_device import DeviceBaseline
+from weightwire.engines.vllm.spare import uses
 from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.tensors import TensorSource
 from weightwire.updates import delta_cuda
@@ -69,6 +70,27 @@ def test_versions_follow_each_other(tensors, monkeypatch):
         decode(name, delta, live).apply(live)
         assert torch.equal(live, tensors[name].cpu())
     assert baseline.look(unread).density == 0
+
+
+def test_tensors_are_compared_where_they_are_now(tensors, monkeypatch):
+    """Also those of a trainer that has moved them since; and in the meantime none is held."""
+    monkeypatch.setattr(baseline_device, "_ELEMENTS", 1000)  # all together
+    baseline = started(tensors)
+    held = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+    for version in (2, 3, 4, 5):
+        if version != 3:  # then they are where they were
+            tensors["a"] = tensors["a"].clone()
+            baseline._source = TensorSource(tensors)
+        before = uses(tensors["a"])
+        tensors["a"][version, ::3] *= -1.5
+        deltas = baseline.encode(unread, baseline.look(unread), finite=True)
+        baseline.wait()
+        for (name, old), delta in zip(held.items(), deltas, strict=True):
+            decode(name, parse(name, delta.data.cpu()), old).apply(old)
+            assert torch.equal(old, tensors[name].cpu())
+        baseline.advance(version, deltas)
+        baseline._source.release()
+        assert uses(tensors["a"]) == before
 
 
 def test_an_engine_that_missed_a_delta_is_brought_on_by_one(tensors, monkeypatch):

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -70,8 +71,7 @@ _RESEND = "Send the update again."
 Array = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     """An encoded delta whose bytes are unharmed: its header's facts, and `data`, all its bytes (uint8, 1-D).
 
     It covers `numel` elements of a tensor from row-major index `start` on, of which `count` change. `before` and

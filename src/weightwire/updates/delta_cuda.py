@@ -42,12 +42,14 @@ __all__ = [
     "Compared",
     "Deltas",
     "Made",
+    "Pairs",
     "batches",
     "compare_all",
     "decode_all",
     "density",
     "encode_all",
     "encode_compared",
+    "pair_up",
     "parse_all",
     "together",
 ]
@@ -99,16 +101,25 @@ def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, samp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Compared:
-    """Tensors that were compared with their bases: of each width, which they are and what was seen."""
+class Pairs:
+    """Tensors on one device beside their bases, ready to be compared as often as one likes while all stay where they
+    are; it holds none of them. `of_copies`: of some it had to make a copy, which is as they were then."""
 
-    seen: Sequence[tuple[Sequence[int], _Seen]]
+    groups: Sequence[_Group]
+    of_copies: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Compared:
+    """Tensors that were compared with their bases: what was seen of those of each width."""
+
+    seen: Sequence[_Seen]
 
     @property
     def density(self) -> float:
         """The share of elements that differ."""
-        changed = sum(int(seen.counts.sum()) for _, seen in self.seen)
-        return changed / max(sum(new.numel() for _, seen in self.seen for new in seen.news), 1)
+        changed = sum(int(seen.counts.sum()) for seen in self.seen)
+        return changed / max(sum(int(seen.group.numels.sum()) for seen in self.seen), 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -135,19 +146,19 @@ def encode_all(
     """The delta from each base to what it became, like `delta.encode`, and how many NaN and Inf are in the latter. All
     are contiguous and on one device; the deltas' bytes are on the CPU. Both digests are computed. Raises `UsageError`.
     """
-    made = encode_compared(compare_all(names, bases, news, starts=starts))
+    made = encode_compared(compare_all(pair_up(names, bases, news, starts=starts)))
     made.wait()
     return [*zip(made.deltas, made.nonfinite, strict=True)]
 
 
-def compare_all(
+def pair_up(
     names: Sequence[str],
     bases: Sequence[torch.Tensor],
     news: Sequence[torch.Tensor],
     *,
     starts: Sequence[int] | None = None,
-) -> Compared:
-    """The first half of `encode_all`; they must stay as they are until the second is over."""
+) -> Pairs:
+    """The first step of `encode_all`, which reads none of their elements."""
     for name, base, new in zip(names, bases, news, strict=True):
         alike = base.dtype == new.dtype and base.shape == new.shape and base.device == new.device
         if not alike or base.dtype not in DELTA_DTYPES or not base.is_contiguous() or not new.is_contiguous():
@@ -157,21 +168,26 @@ def compare_all(
                 next_step=f"Both must be alike and contiguous, of {', '.join(map(str, DELTA_DTYPES))}.",
             )
     starts = starts or [0] * len(bases)
-    seen: list[tuple[Sequence[int], _Seen]] = []
+    groups: list[_Group] = []
     for width in (2, 4):
         mine = [n for n, base in enumerate(bases) if base.element_size() == width]
         if mine:
-            seen.append((mine, _detect([bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine])))
-    return Compared(seen=seen)
+            groups.append(_group(mine, [bases[n] for n in mine], [news[n] for n in mine], [starts[n] for n in mine]))
+    return Pairs(groups=groups, of_copies=any(group.copies for group in groups))
+
+
+def compare_all(pairs: Pairs) -> Compared:
+    """The second step; the tensors must stay as they are until the third is over."""
+    return Compared(seen=[_detect(group) for group in pairs.groups])
 
 
 def encode_compared(compared: Compared) -> Made:
-    """The second half. What it takes on the device is that of the changes that are taken together, once."""
+    """The third step. What it takes on the device is that of the changes that are taken together, once."""
     made: dict[int, tuple[Delta, int]] = {}
     arriving: list[torch.cuda.Event] = []
-    for mine, seen in compared.seen:
+    for seen in compared.seen:
         for first, last in batches(seen.counts.tolist(), CHANGES):
-            made |= zip(mine[first:last], _encode(_collect(seen, first, last), arriving), strict=True)
+            made |= zip(seen.group.which[first:last], _encode(_collect(seen, first, last), arriving), strict=True)
     deltas, nonfinite = zip(*(made[n] for n in range(len(made))), strict=True) if made else ((), ())
     return Made(deltas=deltas, nonfinite=nonfinite, arriving=arriving)
 
@@ -192,21 +208,37 @@ def batches(sizes: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
         yield first, len(sizes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Seen:
-    """Tensors of one width, compared: of each its digests before and after (`sums`, two numbers each), how many NaN and
-    Inf it has (`nonfinite`), and `counts` of changes. On the device `bits`, which say what changed, how many of each
-    segment's, and `lines` of what is held."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Group:
+    """Tensors of one width: which of all they are, their dtypes, where each starts, how many elements it has; and on
+    the device `lines` of them and their bases, in `segments`, of which those of each end at `ends`."""
 
-    news: Sequence[torch.Tensor]
-    starts: Sequence[int]
-    sums: Array
-    nonfinite: Array
-    counts: Array
-    held: Sequence[torch.Tensor]
+    which: Sequence[int]
+    width: int
+    dtypes: Sequence[torch.dtype]
+    starts: Array
+    numels: Array
+    copies: Sequence[torch.Tensor]
     lines: torch.Tensor
     ends: Array
     segments: torch.Tensor
+
+    @property
+    def elements(self) -> int:
+        """So many are in a segment."""
+        return 32 // self.width * rice_cuda.SEGMENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """A group that was compared: of each tensor its digests before and after (`sums`, two numbers each), how many NaN
+    and Inf it has (`nonfinite`), and `counts` of changes. On the device `bits`, which say what changed, and `each`, how
+    many in each segment."""
+
+    group: _Group
+    sums: Array
+    nonfinite: Array
+    counts: Array
     each: torch.Tensor
     bits: torch.Tensor
 
@@ -223,65 +255,69 @@ class _Found:
     origins: Array
 
 
-def _detect(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]) -> _Seen:
+def _group(
+    which: Sequence[int], bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], starts: Sequence[int]
+) -> _Group:
     device, itemsize = bases[0].device, bases[0].element_size()
-    halves = 4 // itemsize
-    held = [*bases, *news]
+    halves, held = 4 // itemsize, [*bases, *news]
     addresses = np.array([tensor.data_ptr() for tensor in held])
-    for n in np.flatnonzero(addresses % _ALIGNMENT):
-        held[n] = held[n].clone()
-        addresses[n] = held[n].data_ptr()
-    numels = np.array([new.numel() for new in news])
-    facts = {dtype: word_facts(dtype)[:2] for dtype in {new.dtype for new in news}}
+    copies = {n: held[n].clone() for n in np.flatnonzero(addresses % _ALIGNMENT).tolist()}
+    for n, copied in copies.items():
+        addresses[n] = copied.data_ptr()
+    numels, dtypes = np.array([new.numel() for new in news]), [new.dtype for new in news]
+    facts = {dtype: word_facts(dtype)[:2] for dtype in set(dtypes)}
     lines = np.stack([
         *addresses.reshape(2, -1), numels // halves, numels % halves, np.array(starts) * itemsize,
-        *np.array([facts[new.dtype] for new in news]).T,
+        *np.array([facts[dtype] for dtype in dtypes]).T,
     ], axis=1)  # fmt: skip
-    elements = halves * rice_cuda.SEGMENT
-    parts = parts_of(-(-numels // elements), device)
+    parts = parts_of(-(-numels // (halves * rice_cuda.SEGMENT)), device)
     segments = torch.stack([parts.of, parts.number], dim=1).to(torch.int32)
-    total, table = len(segments), sent(lines, device)
-    each = torch.empty(total, dtype=torch.int64, device=device)
-    bits = torch.empty(total * elements // 8, dtype=torch.uint8, device=device)
-    sums = torch.zeros(len(news), 6, dtype=torch.int64, device=device)
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        if total:
-            rice_cuda.detect[(total,)](
-                table, segments, each, sums, bits, HALVES=halves, SEGMENT=rice_cuda.SEGMENT, WORDS=rice_cuda.WORDS,
-                THREADS=32 * _WARPS, FIELDS=lines.shape[1], num_warps=_WARPS,
-            )  # fmt: skip
-    found = sums.cpu().numpy()
-    return _Seen(
-        news=news, starts=starts, sums=found[:, :4], nonfinite=found[:, 4], counts=found[:, 5], held=held, lines=table,
-        ends=parts.ends, segments=segments, each=each, bits=bits,
+    return _Group(
+        which=which, width=8 * itemsize, dtypes=dtypes, starts=np.array(starts, np.int64), numels=numels,
+        copies=[*copies.values()], lines=sent(lines, device), ends=parts.ends, segments=segments,
     )  # fmt: skip
 
 
+def _detect(group: _Group) -> _Seen:
+    device, total = group.lines.device, len(group.segments)
+    each = torch.empty(total, dtype=torch.int64, device=device)
+    bits = torch.empty(total * group.elements // 8, dtype=torch.uint8, device=device)
+    sums = torch.zeros(len(group.numels), 6, dtype=torch.int64, device=device)
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        if total:
+            rice_cuda.detect[(total,)](
+                group.lines, group.segments, each, sums, bits, HALVES=32 // group.width, SEGMENT=rice_cuda.SEGMENT,
+                WORDS=rice_cuda.WORDS, THREADS=32 * _WARPS, FIELDS=group.lines.shape[1], num_warps=_WARPS,
+            )  # fmt: skip
+    found = sums.cpu().numpy()
+    return _Seen(group=group, sums=found[:, :4], nonfinite=found[:, 4], counts=found[:, 5], each=each, bits=bits)
+
+
 def _collect(seen: _Seen, first: int, last: int) -> _Found:
-    device, halves = seen.lines.device, 4 // seen.news[0].element_size()
-    skipped, end = seen.ends[[first, last]].tolist()
+    group = seen.group
+    device = group.lines.device
+    skipped, end = group.ends[[first, last]].tolist()
     before, changes = int(seen.counts[:first].sum()), int(seen.counts[first:last].sum())
     keys = torch.empty(changes, dtype=torch.int64, device=device)
     steps = torch.empty(changes, dtype=torch.int32, device=device)
-    tallies = torch.zeros(len(seen.news), rice_cuda.BINS, dtype=torch.int64, device=device)
+    tallies = torch.zeros(len(group.numels), rice_cuda.BINS, dtype=torch.int64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         if changes:
             rice_cuda.collect[(end - skipped,)](
-                seen.lines, seen.segments, seen.each, seen.each.cumsum(0) - seen.each - before, seen.bits, keys, steps,
-                tallies, skipped, HALVES=halves, SEGMENT=rice_cuda.SEGMENT, FIELDS=seen.lines.shape[1],
-                CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=_WARPS,
+                group.lines, group.segments, seen.each, seen.each.cumsum(0) - seen.each - before, seen.bits, keys,
+                steps, tallies, skipped, HALVES=32 // group.width, SEGMENT=rice_cuda.SEGMENT,
+                FIELDS=group.lines.shape[1], CHUNK=rice_cuda.CHUNK, BINS=rice_cuda.BINS, num_warps=_WARPS,
             )  # fmt: skip
     return _Found(
         seen=seen, mine=slice(first, last), tallies=tallies[first:last, :33], keys=keys, steps=steps,
-        origins=(seen.ends[first:last] - skipped) * halves * rice_cuda.SEGMENT,
+        origins=(group.ends[first:last] - skipped) * group.elements,
     )  # fmt: skip
 
 
 def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta, int]]:
-    seen, mine = found.seen, found.mine
-    news, counts = seen.news[mine], seen.counts[mine]
-    device, width = found.keys.device, 8 * news[0].element_size()
-    numels = np.array([new.numel() for new in news])
+    seen, mine, group = found.seen, found.mine, found.seen.group
+    dtypes, numels, counts = group.dtypes[mine], group.numels[mine], seen.counts[mine]
+    device, width = found.keys.device, group.width
     block_bits = block_bits_of(counts, numels)
     parts = parts_of(np.where(counts > 0, -(-numels >> block_bits), 0), device)
     each = parts.each
@@ -315,8 +351,8 @@ def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta
             rice_cuda.write[(len(blocks),)](blocks, begins, found.keys, found.steps, target, **how)
         sums = seen.sums[mine].astype(np.uint64)
         heads = heads_with(
-            [new.dtype for new in news], block_bits=block_bits, unit_bits=chosen, entry=entries, nbytes=nbytes,
-            start=seen.starts[mine], numel=numels, count=counts, before=sums[:, :2], after=sums[:, 2:],
+            dtypes, block_bits=block_bits, unit_bits=chosen, entry=entries, nbytes=nbytes,
+            start=group.starts[mine], numel=numels, count=counts, before=sums[:, :2], after=sums[:, 2:],
         )  # fmt: skip
         _finish(target, heads, places[:-1])
     data = torch.empty(target.numel(), dtype=torch.int32, pin_memory=device.type == "cuda")
@@ -324,15 +360,17 @@ def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta
     if device.type == "cuda":
         arriving.append(torch.cuda.current_stream(device).record_event())
     # While the device is at it.
-    raw = data.view(torch.uint8)
-    facts = "start", "numel", "count", "before", "after", "block_bits", "unit_bits", "entry", "nbytes"
+    # By one call: of hundreds each alone would take longer.
+    gaps = places[1:] - places[:-1] - nbytes
+    raws = torch.split(data.view(torch.uint8), np.stack([nbytes, gaps], axis=1).reshape(-1).tolist())[::2]
+    facts = "start", "numel", "count", "before", "after", "block_bits", "unit_bits", "entry"
     deltas = [
         Delta(
-            dtype=new.dtype, start=start, numel=numel, count=count, before=Digest(*before), after=Digest(*after),
-            block_bits=bits, unit_bits=low, entry=wide, data=raw[place : place + size],
+            dtype=dtype, start=start, numel=numel, count=count, before=Digest(*before), after=Digest(*after),
+            block_bits=bits, unit_bits=low, entry=wide, data=raw,
         )
-        for new, place, start, numel, count, before, after, bits, low, wide, size in zip(
-            news, places[:-1].tolist(), *(heads[fact].tolist() for fact in facts), strict=True
+        for dtype, raw, start, numel, count, before, after, bits, low, wide in zip(
+            dtypes, raws, *(heads[fact].tolist() for fact in facts), strict=True
         )
     ]  # fmt: skip
     return [*zip(deltas, seen.nonfinite[mine].tolist(), strict=True)]

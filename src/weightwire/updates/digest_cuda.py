@@ -22,7 +22,7 @@ import triton.language as tl
 from weightwire.updates.boxes import Box, rows_of, strides_of
 from weightwire.updates.digest import Pending, word_facts
 from weightwire.updates.factors_cuda import factors, key_of, of_threads
-from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent, tiles
+from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent_all, tiled
 
 __all__ = ["Line", "Table", "byte_lines", "line_of", "lines_of", "scan_again", "scan_lines", "sum_lines", "table"]
 
@@ -132,10 +132,17 @@ def table(lines: Sequence[Line] | npt.NDArray[np.int64], device: torch.device) -
     fields, numbers = _within_keys(fields[present], numbers[present])
     # Words of the full tensor where memory has them whole and aligned, else halves or bytes of them.
     bits = fields[:, 0] | fields[:, 2] | fields[:, 3] | fields[:, 4] | fields[:, 5]
-    parts: list[_Part] = []
+    launches: list[tuple[int, bool, int]] = []
+    tables: list[Any] = []
     for least, mine in by_alignment(bits, _KINDS):
-        unit, vectors = _KINDS[least]
-        parts += _parts(fields[mine], numbers[mine], unit, vectors, device)
+        for together, made, places in _parts(fields[mine], numbers[mine], _KINDS[least][0]):
+            launches.append((*_KINDS[least], together))
+            tables += [made, places]
+    here = iter(sent_all(tables, device) if tables else [])
+    parts = [
+        _Part(*launch, made, Tiles(next(here), len(places)))
+        for launch, made, places in zip(launches, here, tables[1::2], strict=False)
+    ]
     return Table(parts, len(lines), device)
 
 
@@ -169,7 +176,8 @@ def _cut(line: Line) -> Iterator[Line]:
             address, start, left = address + width, start + width, left - width
 
 
-def _parts(fields: Any, numbers: Any, unit: int, vectors: bool, device: torch.device) -> Iterator[_Part]:
+def _parts(fields: Any, numbers: Any, unit: int) -> Iterator[tuple[int, Any, Any]]:
+    """Those that are scanned so many together, their table, and its tiles."""
     address, rows, width, pitch, start, step, exponent, lowest, stride = fields.T
     rows, width, (pitch, step), limit = full_rows(rows, width, (pitch, step), unit)
     alike = np.stack([rows, width, limit, start, step, exponent, lowest, stride], axis=1)
@@ -177,7 +185,7 @@ def _parts(fields: Any, numbers: Any, unit: int, vectors: bool, device: torch.de
     for members in _groups(alike, _FEW):
         first = members[:, 0]
         made = np.concatenate([alike[first, 1:], each[members].reshape(len(members), -1)], axis=1)
-        yield _Part(unit, vectors, members.shape[1], sent(made, device), tiles(rows[first], width[first], device))
+        yield members.shape[1], made, tiled(rows[first], width[first])
 
 
 def _groups(alike: Any, few: int) -> Iterator[Any]:

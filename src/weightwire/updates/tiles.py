@@ -13,12 +13,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["COLUMNS", "ROWS", "Parts", "Tiles", "by_alignment", "ends_of", "full_rows", "parts_of", "sent", "tiles"]
+__all__ = [
+    "COLUMNS",
+    "ROWS",
+    "Parts",
+    "Tiles",
+    "by_alignment",
+    "ends_of",
+    "full_rows",
+    "parts_of",
+    "sent",
+    "sent_all",
+    "tiled",
+    "tiles",
+]
 
 Array = npt.NDArray[np.int64]
 
 COLUMNS = 1024
 ROWS = 16
+_ALIGNMENT = 16  # of what kernels are given
 
 
 class Tiles(NamedTuple):
@@ -37,6 +51,24 @@ def sent(numbers: Any, device: torch.device) -> torch.Tensor:
     """
     table = torch.from_numpy(np.ascontiguousarray(numbers))
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.clone()
+
+
+def sent_all(tables: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
+    """`sent`, of many tables, contiguous, by one copy.
+
+    >>> tables = np.arange(3, dtype=np.int32), np.zeros((1, 2), np.int64)
+    >>> [table.tolist() for table in sent_all(tables, torch.device("cpu"))]
+    [[0, 1, 2], [[0, 0]]]
+    """
+    begins = ends_of(np.array([-(-table.nbytes // _ALIGNMENT) * _ALIGNMENT for table in tables], np.int64)).tolist()
+    joined = np.zeros(begins[-1], np.uint8)
+    for table, begin in zip(tables, begins, strict=False):
+        joined[begin : begin + table.nbytes] = table.reshape(-1).view(np.uint8)
+    memory = sent(joined, device)
+    return [
+        memory[begin : begin + table.nbytes].view(torch.from_numpy(table).dtype).view(table.shape)
+        for table, begin in zip(tables, begins, strict=False)
+    ]
 
 
 class Parts(NamedTuple):
@@ -110,9 +142,15 @@ def full_rows(rows: Any, width: Any, pitches: Sequence[Any], unit: int) -> tuple
 
 
 def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
-    """Tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units, none of them empty.
+    """Tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units, none of them empty."""
+    places = tiled(counts, widths)
+    return Tiles(sent(places, device), len(places))
 
-    >>> tiles(np.array([17, 1]), np.array([1024, 3000]), torch.device("cpu")).places.tolist()
+
+def tiled(counts: Any, widths: Any) -> npt.NDArray[np.int32]:
+    """The places of such tiles.
+
+    >>> tiled(np.array([17, 1]), np.array([1024, 3000])).tolist()
     [[0, 0, 0], [0, 16, 0], [1, 0, 0], [1, 0, 1024], [1, 0, 2048]]
     """
     # On the host: of a few thousand that takes less than the launches it would take on the device.
@@ -121,4 +159,4 @@ def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
     of = np.repeat(np.arange(len(each), dtype=np.int32), each)
     number = np.arange(len(of), dtype=np.int32) - np.repeat(ends_of(each)[:-1].astype(np.int32), each)
     row, column = np.divmod(number, across.astype(np.int32)[of])
-    return Tiles(sent(np.stack([of, row * ROWS, column * COLUMNS], axis=1), device), len(of))
+    return np.stack([of, row * ROWS, column * COLUMNS], axis=1)
