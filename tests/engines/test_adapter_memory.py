@@ -41,6 +41,29 @@ def test_memory_of_which_somebody_has_a_part_is_not_given_to_another(of: str) ->
     assert store.take(SPECS, torch.float32, CPU) is memory
 
 
+def test_the_next_model_is_made_while_nobody_waits_for_it() -> None:
+    memory, pattern, other = AdapterMemory(SPECS, torch.float32, CPU), object(), object()
+    fits = lambda: memory.fits(SPECS, torch.float32, CPU)  # noqa: E731
+    memory.prepare(pattern, dict)
+    assert fits()
+    held = memory.sent[SPECS[0].name].detach()
+    assert not fits()
+    del held
+    model = memory.take_model(pattern)
+    assert {name: tensor.data_ptr() for name, tensor in model.items()} == {
+        name: tensor.data_ptr() for name, tensor in memory.given.items()
+    }
+    assert memory.take_model(pattern) is None
+    assert not fits()  # somebody has it now
+    memory.prepare(pattern, dict)
+    assert memory.take_model(pattern) is None, "made of what another has"
+    del model
+    assert fits()
+    memory.prepare(pattern, dict)
+    assert memory.take_model(other) is None
+    assert fits()
+
+
 def test_it_must_fit() -> None:
     store = SpareMemory()
     for specs, dtype in ((SPECS[:2], torch.float32), (SPECS, torch.bfloat16)):

@@ -40,8 +40,9 @@ def test_it_enters_the_engine_only_once_it_is_complete(monkeypatch: pytest.Monke
     built = SimpleNamespace(loras={"q_proj": matrices})
     staged = object.__new__(adapters._Staged)
     vars(staged).update(
-        _early=done(SimpleNamespace(flat=[], given={}, device=torch.device("cpu"))), _building=done(built), _lent=[],
-        _finite=False, _specs=[], _dtype=torch.float32, _built=None, _revision=None, _binding=None,
+        _early=done(SimpleNamespace(flat=[], given={}, device=torch.device("cpu"))), _building=done(built), _lent={},
+        _finite=False, _specs=[], _dtype=torch.float32, _built=None, _revision=None,
+        _binding=SimpleNamespace(template=None),
         _on_host=adapters._OnHost([]),
         _store=SimpleNamespace(enter=lambda *_: (entered.append(matrices.scaling), ({}, ""))[1]),
     )  # fmt: skip

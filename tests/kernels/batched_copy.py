@@ -1,12 +1,16 @@
 """The batched copy's kernel against tensor assignments."""
 
+from types import SimpleNamespace
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.kernels.device import DEVICE, few_rows
 
 from weightwire.engines.vllm import batched_copy
+from weightwire.engines.vllm.adapters import _Slot
 from weightwire.updates.boxes import rows_of
+from weightwire.updates.digest import scan
 
 
 @st.composite
@@ -57,3 +61,18 @@ def test_a_rectangle_of_more_rows_than_a_tile():
     expected = torch.zeros_like(target)
     expected[11:51, 4:9] = part
     assert torch.equal(target, expected)
+
+
+def test_a_slot_of_an_adapter_is_filled_by_one_launch():
+    stacks = [torch.zeros(3, 1, *shape, device=DEVICE) for shape in ((2, 8), (6, 2), (4, 2))]
+    slot = _Slot({"qkv": SimpleNamespace(lora_a_stacked=(stacks[0],), lora_b_stacked=tuple(stacks[1:]))}, 1)
+    parts = [torch.randn_like(place) for place in slot.places["qkv"]]
+    for again in range(3):
+        if again == 2:  # elsewhere
+            parts = [part.clone() for part in parts]
+        parts[again].mul_(2)
+        same, held = slot.fill(parts)
+        assert same
+        assert all(torch.equal(place, part) for place, part in zip(slot.places["qkv"], parts, strict=True))
+        assert held == scan(torch.cat([part.reshape(-1) for part in parts]).cpu())
+    assert not any(stack[[0, 2]].any() for stack in stacks)

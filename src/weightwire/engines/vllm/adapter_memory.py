@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -36,6 +37,7 @@ class AdapterMemory:
         self.flat: list[tuple[torch.Tensor, torch.Tensor]] = []
         """The pieces that `sent` and `given` are parts of: of A, which are one, and of B."""
         self._free: torch.cuda.Event | None = None
+        self._model: tuple[object, Any, list[int | None]] | None = None
         self._lay_out()
         self._uses = self._count()
 
@@ -62,7 +64,20 @@ class AdapterMemory:
     def fits(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> bool:
         """Whether another adapter's matrices would lie just so, and nobody else has any of it."""
         alike = (self.dtype, self.device) == (dtype, device) and self.specs == specs
-        return alike and None not in self._uses and self._uses == self._count()
+        expected = self._uses if self._model is None else self._model[2]
+        return alike and None not in self._uses and expected == self._count()
+
+    def prepare(self, pattern: object, make: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+        """Have the next adapter's model ready, made by this `pattern` of tensors of its own, so that it is seen for how
+        long vLLM keeps them. Not while somebody has any of them."""
+        if self._model is None and self._uses == self._count():
+            model = make({name: tensor.detach() for name, tensor in self.given.items()})
+            self._model = (pattern, model, self._count())
+
+    def take_model(self, pattern: object) -> Any:
+        """What was made ready by it, once; else None."""
+        model, self._model = self._model, None
+        return model[1] if model is not None and model[0] is pattern else None
 
     def _count(self) -> list[int | None]:
         return [uses(each) for both in self.flat for each in both]

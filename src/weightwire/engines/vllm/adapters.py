@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,6 +38,9 @@ from weightwire.updates.digest import Joined, Scan, all_finite, settle
 from weightwire.updates.manifest import Manifest, dtype_name
 from weightwire.updates.packing import spread
 from weightwire.updates.receipt import Proof
+
+if TYPE_CHECKING:
+    from weightwire.engines.vllm.batched_copy import BatchedCopy
 
 __all__ = ["AdapterStore", "path_of"]
 
@@ -303,9 +306,12 @@ class _Binding:
             pair for name, places in of_slot.places.items() if name in given
             for pair in zip(places, given[name], strict=True)
         ]  # fmt: skip
-        by_one_call = of_slot.joined.can_be_filled and len(pairs) == of_slot.matrices
-        if by_one_call and all(_fits(place, part) for place, part in pairs):
-            same, scan = of_slot.joined.fill([part for _, part in pairs if part is not None])
+        parts = [part for place, part in pairs if part is not None and _fits(place, part)]
+        whole = len(parts) == of_slot.matrices
+        if whole and of_slot.joined.can_be_filled:
+            same, scan = of_slot.joined.fill(parts)
+        elif whole and parts[0].is_cuda and not of_slot.joined.of_copies:
+            same, scan = of_slot.fill(parts)
         else:
             _copy_into(pairs)
             same, scan = self._read_back(of_slot, given)
@@ -365,7 +371,7 @@ class _Staged(StagedAdapter):
         self._finite = manifest.finite
         self._built: Any = None
         self._proof: dict[str, Proof] = {}
-        self._lent: list[tuple[int, int, torch.Tensor]] = []
+        self._lent: dict[int, torch.Tensor] = {}
         self._on_host = _OnHost([])
         self._loras: dict[str, Any] = {}
         # Each is held here, and by vLLM besides.
@@ -386,17 +392,20 @@ class _Staged(StagedAdapter):
         """When the first bytes are here, and not before: it is all Python, which keeps from the interpreter whoever is
         about to fetch them."""
         if self._building is None:
-            self._building = self._store.beside.submit(lambda: self._build(self._early.result().given))
+            self._building = self._store.beside.submit(lambda: self._build(self._early.result()))
         return self._building
 
-    def _build(self, given: dict[str, torch.Tensor]) -> Any:
+    def _build(self, memory: AdapterMemory) -> Any:
         """vLLM's model of matrices that are still to be filled."""
+        binding, id = self._binding, self._revision.id
+        if (ready := memory.take_model(binding.template)) is not None:
+            ready.id = id
+            return ready
         # Of tensors of its own, so that it is seen for how long vLLM keeps them (`AdapterMemory.fits`).
-        own = {name: tensor.detach() for name, tensor in given.items()}
-        binding = self._binding
+        own = {name: tensor.detach() for name, tensor in memory.given.items()}
         if binding.template is not None:
-            return binding.template.build(self._revision.id, own)
-        built = build(binding.manager, self._revision.id, own, binding.helper)
+            return binding.template.build(id, own)
+        built = build(binding.manager, id, own, binding.helper)
         binding.template = AdapterTemplate.of(built, own)
         return built
 
@@ -425,13 +434,20 @@ class _Staged(StagedAdapter):
         return False  # it is copied anyway, and small
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
-        self._lent.append((tensor, 0, data.reshape(-1)))
-        self._begin_building()
+        self._lent[tensor] = data
+
+    def _put_lent(self) -> None:
+        if self._lent:
+            memory = self._early.result()
+            memory.wait_until_free()
+            places = [memory.sent[self._specs[number].name] for number in self._lent]
+            torch._foreach_copy_(places, [*self._lent.values()])
+            self._lent.clear()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        memory, built = self._early.result(), self._begin_building().result()
-        self._put(self._lent)
-        self._lent.clear()
+        building, memory = self._begin_building(), self._early.result()
+        self._put_lent()
+        built = building.result()
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = any(getattr(torch, spec.dtype) != self._dtype for spec in self._specs)
         if self._finite and cast and not all(all_finite(flat) for flat, _ in memory.flat):
@@ -442,7 +458,8 @@ class _Staged(StagedAdapter):
         for flat, own in memory.flat:
             if own is not flat:
                 own.copy_(flat)
-        built = built if _is_made_of(built, memory.given) else self._build(memory.given)
+        if self._binding.template is None and not _is_made_of(built, memory.given):
+            built = self._build(memory)
         for name, lora in built.loras.items():
             # As vLLM does when it takes it, on the thread that generates; 0.26 would scale those of experts once more.
             if ".experts" not in name:
@@ -464,6 +481,7 @@ class _Staged(StagedAdapter):
         # It is in its slot. Its way to the host may take longer than all before, and nobody need wait for that.
         memory, helper, spare = self._early.result(), self._binding.helper, self._store.spare
         on_host, loras, self._on_host = self._on_host, self._loras, _OnHost([])
+        template = self._binding.template
 
         def move() -> tuple[dict[str, torch.Tensor], Any]:
             time.sleep(_ANSWER_SECONDS)
@@ -473,6 +491,8 @@ class _Staged(StagedAdapter):
                 for which in ("lora_a", "lora_b"):
                     setattr(lora, which, on_host.of_all(getattr(lora, which)))
             if memory.device.type != "cpu":
+                if template is not None:
+                    memory.prepare(template, lambda own: template.build(0, own))
                 spare.keep(memory)
             return sent, helper
 
@@ -549,6 +569,7 @@ class _Slot:
         every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
         self._expected: tuple[list[int], Joined] | None = None
+        self._filling: tuple[list[int], BatchedCopy] | None = None
 
     def is_as(self, expected: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
         """Whether all of it, on a GPU, is as these together, and a scan of it. They mostly are where those before
@@ -561,6 +582,20 @@ class _Slot:
             joined = self._expected[1]
         here, there = settle([self.joined.scan(), joined.scan()])
         return here == there, here
+
+    def fill(self, parts: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
+        """Copy into all of it, on a GPU, as many that fit; and `is_as`. What is copied is mostly where that before
+        was."""
+        from weightwire.engines.vllm.batched_copy import BatchedCopy, Move  # needs Triton
+
+        addresses = [part.data_ptr() for part in parts]
+        if self._filling is None or self._filling[0] != addresses:
+            places = [place.data_ptr() for places in self.places.values() for place in places]
+            pairs = zip(addresses, places, parts, strict=True)
+            moves = [Move(address, place, 1, part.nbytes, 0, 0) for address, place, part in pairs]
+            self._filling = (addresses, BatchedCopy(moves, parts[0].device))
+        self._filling[1].run()
+        return self.is_as(parts)
 
     def is_there(self, modules: Mapping[str, Any]) -> bool:
         """Whether the modules hold it still where they did."""
@@ -597,8 +632,8 @@ def _is_made_of(built: Any, given: dict[str, torch.Tensor]) -> bool:
     return all({lora.lora_a.data_ptr(), lora.lora_b.data_ptr()} <= own for lora in built.loras.values())
 
 
-def _fits(place: torch.Tensor, part: torch.Tensor | None) -> bool:
-    return part is not None and (part.shape, part.dtype) == (place.shape, place.dtype) and part.is_contiguous()
+def _fits(place: torch.Tensor, part: torch.Tensor) -> bool:
+    return (part.shape, part.dtype) == (place.shape, place.dtype) and part.is_contiguous()
 
 
 def _copy_into(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]]) -> None:
