@@ -1,13 +1,13 @@
 """Updates of a real vLLM on GPUs, phase by phase, beside what stock vLLM does on the same machine.
 
-    python benchmarks/gpu.py kernels same pair nccl adapter direct delta load [--updates 12] [--peer SCRIPT] [--out F]
+    python benchmarks/gpu.py kernels same pair pulled nccl adapter direct delta load [--updates 12] [--peer S] [--out F]
 
 A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB. One server on the last GPU.
-`same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `nccl` and `direct`: the trainer on the first, over
-`cuda-ipc`, NCCL, and NCCL with `staging="none"`; `delta`: over NCCL what changed since the last, 1 % of the elements by
-one unit in the last place; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
+`same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `pulled`, `nccl` and `direct`: the trainer on the first,
+over `cuda-ipc` and over NCCL, each staged and with `staging="none"`; `delta`: over NCCL what changed since the last,
+1 % of the elements by one unit in the last place; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
 `load`: what an update every 2 s costs 48 running requests, with CUDA graphs, on a server of its own. `kernels` are
-the copy and the digest alone. SCRIPT times stock vLLM's own transfers (`nccl`, `ipc`, `lora`), a line of JSON each.
+the copy and the digest alone. S is a script that times stock vLLM's own transfers (`nccl`, `ipc`, `lora`).
 """
 
 from __future__ import annotations
@@ -178,6 +178,9 @@ class Idle:
     def pair(self) -> list[dict[str, Any]]:
         return self.dense(self.first, "cuda-ipc")
 
+    def pulled(self) -> list[dict[str, Any]]:
+        return self.dense(self.first, "cuda-ipc", staging="none")
+
     def nccl(self) -> list[dict[str, Any]]:
         return self.dense(self.first, "nccl")
 
@@ -291,7 +294,7 @@ def peer(script: str, way: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ways = ["same", "pair", "nccl", "adapter", "direct", "delta"]
+    ways = ["same", "pair", "pulled", "nccl", "adapter", "direct", "delta"]
     parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")

@@ -879,3 +879,25 @@ def test_of_a_beginning_that_fails_while_its_commit_is_asked_for_the_reason_is_t
     assert (caught.value.engine, caught.value.phase) == ("a", "begin")
     engine.begin, engine.commit = begin, commit
     assert_unharmed(engine, old, None)
+
+
+@pytest.mark.usefixtures("lending")
+@pytest.mark.parametrize(
+    ("gpus", "staging", "expected"),
+    [((None,), "copy", "lent"), ((None,), "none", "lent"), (("GPU-2",), "copy", "lent"), (("GPU-2",), "none", "none")],
+)
+def test_live_weights_are_written_over_at_once_only_where_they_come_from_another_gpu(
+    engines: Any, gpus: tuple[str | None, ...], staging: Any, expected: str
+) -> None:
+    engine = engines()
+    status, asked = engine.status, list[str]()
+    engine.status = lambda *args, **how: msgspec.structs.replace(status(*args, **how), gpus=gpus)
+
+    def refuse(manifest: Manifest, **how: Any) -> Any:
+        asked.append(manifest.staging)
+        raise ww.BusyError("held by another")
+
+    engine.begin = refuse
+    with pytest.raises(ww.BusyError):
+        publish(weights_for(engine.model, 1), engine, 1, staging=staging)
+    assert asked == [expected]

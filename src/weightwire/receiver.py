@@ -171,6 +171,7 @@ class Receiver:
         probe: Callable[[str], str | None] = lambda offer: None,
         sweep: Callable[[str], None] = lambda update: None,
         rank: int = 0,
+        gpu: str | None = None,
         keep: int = 2,
         clock: Callable[[], float] = time.time,
         background: bool = True,
@@ -180,7 +181,7 @@ class Receiver:
         self._open = open
         self._probe = probe
         self._sweep = sweep
-        self._rank = rank
+        self._rank, self._gpu = rank, gpu
         self._clock = clock
         self._background = background
         self._pool = (
@@ -264,7 +265,7 @@ class Receiver:
                 cancelled=threading.Event(),
             )
             # What is lent on this GPU is scanned while all else is made ready.
-            ahead = None if address is None else self._submit(lambda: self._open_and_scan(address, arrivals))
+            ahead = None if address is None else self._submit(lambda: self._open_and_scan(address, arrivals, manifest))
             try:
                 adapter = revision and self._prepare_adapter(manifest, revision)
                 delta = self._target.prepare_delta(manifest) if manifest.kind == "delta" else None
@@ -622,6 +623,7 @@ class Receiver:
                 "adapters": self._revisions.status(),
                 "spent": self._revisions.spent(),
                 "adapter_dtype": self._target.adapter_dtype,
+                "gpu": self._gpu,
                 "receipt": self._receipt,
             }
 
@@ -671,22 +673,23 @@ class Receiver:
         arrivals = update.arrivals
         if isinstance(update.staging, HasPlaces):
             arrivals = replace(arrivals, place=place)
-        opened = update.ahead.result() if update.ahead else self._open_and_scan(address, arrivals)
+        opened = update.ahead.result() if update.ahead else self._open_and_scan(address, arrivals, update.manifest)
         if opened.lent is not None:
             self._take_lent(update, arrivals, opened.lent, opened.scans)
             return
         for index, data in self._fetch(address, arrivals):
             self._take(update, index, data)
 
-    def _open_and_scan(self, address: str, arrivals: Arrivals) -> _Opened:
+    def _open_and_scan(self, address: str, arrivals: Arrivals, manifest: Manifest) -> _Opened:
         with taking_turns():
             lent = None if arrivals.cancelled.is_set() else self._open(address, arrivals)
-            return _Opened(lent, _scan_lent(lent.tensors) if lent is not None and lent.here else None)
+            stays = lent is not None and lent.here and manifest.staging != "none"
+            return _Opened(lent, _scan_lent(lent.tensors) if lent is not None and stays else None)
 
     def _take_lent(
         self, update: _Update, arrivals: Arrivals, lent: Lent, scans: Sequence[Scan | Pending] | None
     ) -> None:
-        if not lent.here and self._copies(update):
+        if (not lent.here or update.manifest.staging == "none") and self._copies(update):
             for index, data in pull(lent.tensors, update.buckets, arrivals.landing()):
                 if update.cancelled.is_set():
                     return

@@ -35,6 +35,7 @@ from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Pushes, Sender, SendsParts, Transport
+from weightwire.transports.cuda_driver import uuid_of
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
@@ -83,7 +84,10 @@ class Means:
                 )
             except WeightwireError as error:
                 raise error.at(engine=engine.name, phase="resolve") from None
-            self.choices[engine.name] = replace(choice, ranks=answers[0].ranks, adapter_dtype=answers[0].adapter_dtype)
+            found = answers[0]
+            self.choices[engine.name] = replace(
+                choice, ranks=found.ranks, adapter_dtype=found.adapter_dtype, gpus=found.gpus
+            )
         return self.choices[engine.name]
 
 
@@ -333,7 +337,9 @@ class Run:
 
         def begin(engine: Engine) -> Begun:
             lends = self._choices[engine.name].name not in senders and not manifest.adapter
-            own = msgspec.structs.replace(manifest, staging="lent") if lends else manifest
+            # Where the weights are on the engine's own GPU, it need not stand still while they come.
+            stays = lends and (manifest.staging == "copy" or self._is_where(engine))
+            own = msgspec.structs.replace(manifest, staging="lent") if stays else manifest
             return engine.begin(
                 behind.get(engine.name, own),
                 holder=holder,
@@ -360,6 +366,11 @@ class Run:
             # longer than to fill them takes.
             wait(self._beginning.values(), _HEAD_START_SECONDS)
         return manifest
+
+    def _is_where(self, engine: Engine) -> bool:
+        """Whether the weights are on the GPU of all of its ranks."""
+        device = Weights(self._source).device
+        return set(self._choices[engine.name].gpus) == {uuid_of(device) if device.type == "cuda" else None}
 
     def _push_until_begun(self) -> None:
         """Readers come while engines still begin; what is ready for them goes out meanwhile."""

@@ -73,7 +73,8 @@ class TakesBuckets(Protocol):
 
     def copy_all(self, room: int) -> bool:
         """Stage a copy of what is lent too, if that needs no more than `room` bytes: its memory is another GPU's, and
-        the engine stands still while it is read at commit. Whether it will be staged."""
+        the engine stands still while it is read at commit. Whether it will be staged, or goes to live weights at
+        once."""
 
 
 @runtime_checkable

@@ -27,6 +27,19 @@ CASES = [
 ]
 
 
+@two_gpus
+@pytest.mark.parametrize("transport", ["cuda-ipc"])
+def test_what_is_read_into_live_weights_equals_a_fresh_engine(transport: str, tmp_path: Path) -> None:
+    """On two ranks, of which one is on the trainer's GPU."""
+    arguments = ("qwen3", "untied", "bfloat16", 2, "no", "whole", tmp_path)
+    results = run("exactness.py", *arguments, TRANSPORT=transport, CUDA_GRAPHS="0", STAGING="none")
+    for which in ("first", "second"):
+        published, loaded = results[f"{which} published"], results[f"{which} loaded"]
+        assert [(o["tokens"], o["logprobs"]) for o in published] == [(o["tokens"], o["logprobs"]) for o in loaded]
+    assert results["receipt"]["transport"] == transport
+    assert results["receipt"]["pause"] > 0
+
+
 @pytest.mark.parametrize(("family", "tied", "dtype", "ranks", "lora", "parts", "transport", "graphs"), CASES)
 def test_an_updated_engine_equals_a_fresh_one(
     family: str, tied: str, dtype: str, ranks: int, lora: str, parts: str, transport: str, graphs: str, tmp_path: Path

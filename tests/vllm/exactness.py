@@ -3,7 +3,7 @@
     python exactness.py FAMILY TIED DTYPE TENSOR_PARALLEL LORA PARTS FOLDER
 
 Prints one line of JSON: what each engine generated before and after, and the receipts. Where there is a GPU, all of it
-happens there, with `TRANSPORT` and `CUDA_GRAPHS` from the environment.
+happens there, with `TRANSPORT`, `STAGING` and `CUDA_GRAPHS` from the environment.
 """
 
 from __future__ import annotations
@@ -99,10 +99,11 @@ def published(llm: LLM, engines: Any, source: Any, version: int, **how: Any) -> 
         else:
             source = {name: tensor.to("cuda", dtype) for name, tensor in source.items()}
     with ww.Publisher(source, engines, transport=os.environ.get("TRANSPORT")) as publisher:
-        receipt = publisher.publish(version, deadline=300, **how)
+        staging: Any = os.environ.get("STAGING", "copy")
+        receipt = publisher.publish(version, deadline=300, staging=staging, **how)
     engine = next(iter(receipt.engines.values()))
     facts = {"proven": engine.proven, "parameters": engine.parameters, "version": engine.version}
-    facts["computed"] = engine.computed
+    facts |= {"computed": engine.computed, "pause": engine.pause}
     return generate(llm), {**facts, "transport": engine.transport}
 
 

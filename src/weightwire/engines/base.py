@@ -25,7 +25,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine says of itself. `version` is None until a first update; `offers` answers each transport offered
     (None: it can be used; else why not); `update` is who holds the engine, and until when. `spent` is the newest
     version that each adapter's name ever had here: later ones must be higher, also after it was unloaded.
-    `adapter_dtype`: what it casts adapters to (None: nothing)."""
+    `adapter_dtype`: what it casts adapters to (None: nothing). `gpus`: the UUID of each rank's (None: a CPU)."""
 
     engine: str
     model: str
@@ -38,6 +38,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     adapters: list[dict[str, Any]] = []
     spent: dict[str, int] = {}
     adapter_dtype: str | None = None
+    gpus: tuple[str | None, ...] = ()
     receipt: EngineReceipt | None = None
 
     def serves(self, adapter: str | None) -> int | None:

@@ -145,6 +145,7 @@ class Control:
             adapters=first["adapters"],
             spent=first["spent"],
             adapter_dtype=first["adapter_dtype"],
+            gpus=tuple(rank["gpu"] for rank in ranks),
             receipt=first["receipt"] and msgspec.convert(first["receipt"], EngineReceipt),
         )
 

@@ -69,6 +69,8 @@ class Choice:
     """How many ranks the engine has."""
     adapter_dtype: str | None = None
     """The dtype to which the engine casts LoRA adapters."""
+    gpus: tuple[str | None, ...] = ()
+    """The GPU of each rank (`engines.base.EngineStatus`)."""
 
     @property
     def usable(self) -> list[str]:
