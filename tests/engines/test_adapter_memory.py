@@ -35,9 +35,11 @@ def test_memory_of_which_somebody_has_a_part_is_not_given_to_another(of: str) ->
     name = SPECS[1].name
     part = {"sent": memory.sent[name], "given": memory.given[name], "row": memory.rows[1]}[of].detach()
     store.keep(memory)
+    assert not store.fits(SPECS, torch.float32, CPU)
     assert store.take(SPECS, torch.float32, CPU) is not memory
     del part
     store.keep(memory)
+    assert store.fits(SPECS, torch.float32, CPU)
     assert store.take(SPECS, torch.float32, CPU) is memory
 
 

@@ -105,6 +105,10 @@ class SpareMemory:
         """Let go of what is kept."""
         self._kept = []
 
+    def fits(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether what is kept would do for these matrices."""
+        return any(kept.fits(specs, dtype, device) for kept in self._kept)
+
     def take(self, specs: Sequence[TensorSpec], dtype: torch.dtype, device: torch.device) -> AdapterMemory:
         """Memory for these matrices, whatever it holds."""
         kept, self._kept = self._kept, []

@@ -374,9 +374,10 @@ class _Staged(StagedAdapter):
         self._lent: dict[int, torch.Tensor] = {}
         self._on_host = _OnHost([])
         self._loras: dict[str, Any] = {}
-        # Each is held here, and by vLLM besides.
-        self.nbytes = 2 * sum(spec.numel for spec in manifest.tensors) * dtype.itemsize
         where = (manifest.tensors, dtype, torch.device(binding.manager.device))
+        # Each is held here, and by vLLM besides; but not where an adapter before has left the room for it.
+        numel = 0 if store.spare.fits(*where) else sum(spec.numel for spec in manifest.tensors)
+        self.nbytes = 2 * numel * dtype.itemsize
         stream = torch.cuda.current_stream(where[2]) if where[2].type == "cuda" else None
 
         def take() -> AdapterMemory:
