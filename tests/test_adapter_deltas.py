@@ -396,7 +396,7 @@ class Host:
     """An engine of several ranks, each a module of its own; they are handed the bytes in `sent`, by tensor."""
 
     name = model = "fake"
-    idle = in_order = False
+    idle = alone = in_order = False
 
     def __init__(self, ranks: int) -> None:
         torch.manual_seed(0)

@@ -299,7 +299,7 @@ class Host:
     """An engine of several ranks, which are handed one delta's bytes."""
 
     name = model = "fake"
-    idle = in_order = False
+    idle = alone = in_order = False
 
     def __init__(self, ranks: int, base: torch.Tensor, data: torch.Tensor) -> None:
         self.ranks = [Rank(base) for _ in range(ranks)]

@@ -835,6 +835,32 @@ def test_where_nothing_travels_a_commit_is_asked_for_while_the_engine_begins(eng
 
 
 @pytest.mark.usefixtures("lending")
+@pytest.mark.parametrize("why", ["several servers", "several engines"])
+def test_where_nobody_sees_to_the_order_a_commit_is_not_asked_for_before_the_engine_has_begun(
+    engines: Any, why: str
+) -> None:
+    engine, others = engines(), [engines("b")] if why == "several engines" else []
+    status, begin, commit = engine.status, engine.begin, engine.commit
+    calls: list[str] = []
+
+    def slow(*args: Any, **how: Any) -> Any:
+        begun = begin(*args, **how)
+        time.sleep(0.3)
+        calls.append("begun")
+        return begun
+
+    def tell(*args: Any, **how: Any) -> Any:
+        calls.append("commit")
+        return commit(*args, **how)
+
+    if why == "several servers":
+        engine.status = lambda *args, **how: msgspec.structs.replace(status(*args, **how), one_server=False)
+    engine.begin, engine.commit = slow, tell
+    publish(weights_for(engine.model, 1), [engine, *others], 1, deadline=30.0)
+    assert calls == ["begun", "commit"]
+
+
+@pytest.mark.usefixtures("lending")
 def test_a_commit_that_comes_before_its_beginning_is_asked_for_again(engines: Any) -> None:
     engine = engines()
     begin, commit, overtaken = engine.begin, engine.commit, threading.Event()
@@ -884,7 +910,14 @@ def test_of_a_beginning_that_fails_while_its_commit_is_asked_for_the_reason_is_t
 @pytest.mark.usefixtures("lending")
 @pytest.mark.parametrize(
     ("gpus", "staging", "expected"),
-    [((None,), "copy", "lent"), ((None,), "none", "lent"), (("GPU-2",), "copy", "lent"), (("GPU-2",), "none", "none")],
+    [
+        ((None,), "copy", "lent"),
+        ((None,), "none", "lent"),
+        ((), "none", "lent"),  # an older engine's, which takes what is lent
+        (("GPU-2",), "copy", "lent"),
+        (("GPU-2",), "none", "none"),
+        ((None, "GPU-2"), "none", "none"),
+    ],
 )
 def test_live_weights_are_written_over_at_once_only_where_they_come_from_another_gpu(
     engines: Any, gpus: tuple[str | None, ...], staging: Any, expected: str

@@ -20,7 +20,7 @@ from weightwire.updates.digest import Scan, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
-    from weightwire.updates.delta_cuda import Compared, Made, Pairs  # needs Triton
+    from weightwire.updates.delta_cuda import Compared, Pairs  # needs Triton
     from weightwire.updates.patch_cuda import Sites
 
 __all__ = ["DeviceBaseline"]
@@ -50,10 +50,8 @@ class DeviceBaseline(Baseline):
         self._source = source
         self._written = False
         self._sites: tuple[tuple[int, int], Sites] | None = None
-        self._paired: tuple[object, list[Pairs]] | None = (
-            None  # where the tensors were found, and what was made of that
-        )
-        self._made: Made | None = None
+        self._paired: tuple[object, list[Pairs]] | None = None  # where the tensors were, and what was made of that
+        self._arriving: Sequence[torch.cuda.Event] = ()
         self._sparse = False  # whether little had changed the last time
         if source.ranks is None:  # else it is known only once the ranks have agreed on what there is
             self._device = next(iter(self._current().values())).device
@@ -80,7 +78,8 @@ class DeviceBaseline(Baseline):
             self._batches, map(compare_all, self._pairs()) if seen is None else [seen], strict=True
         ):
             self.wait()
-            self._made = made = encode_compared(compared)
+            made = encode_compared(compared)
+            self._arriving = made.arriving
             names = [spec.name for spec in self._specs[first:last]]
             for number, (name, delta, nonfinite) in enumerate(
                 zip(names, made.deltas, made.nonfinite, strict=True), first
@@ -132,9 +131,9 @@ class DeviceBaseline(Baseline):
         return [*((whole() if whole else None) or ())]
 
     def wait(self) -> None:
-        made, self._made = self._made, None
-        if made is not None:
-            made.wait()
+        arriving, self._arriving = self._arriving, ()
+        for event in arriving:
+            event.synchronize()
 
     def advance(self, version: int, deltas: Sequence[Delta]) -> None:
         from weightwire.updates.delta_cuda import CHANGES, batches, decode_all, together

@@ -130,7 +130,6 @@ class _Update:
     id: str
     manifest: Manifest
     holder: str
-    lease: float
     expires: float
     staging: Staging
     revision: Revision | None
@@ -138,7 +137,6 @@ class _Update:
     delta: DeltaStaging | None
     arrivals: Arrivals
     ahead: Future[_Opened] | None
-    buckets: tuple[Bucket, ...]
     scans: list[Scan | Pending]
     known: list[Scan] = field(default_factory=list)
     received: set[int] = field(default_factory=set)
@@ -151,9 +149,20 @@ class _Update:
     ready: bool = False
     sealed: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    cancelled: threading.Event = field(default_factory=threading.Event)
     followed: threading.Event = field(default_factory=threading.Event)
     """Set once nobody is waited for any more that might send another."""
+
+    @property
+    def lease(self) -> float:
+        return self.arrivals.lease
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        return self.arrivals.buckets
+
+    @property
+    def cancelled(self) -> threading.Event:
+        return self.arrivals.cancelled
 
 
 class Receiver:
@@ -282,7 +291,6 @@ class Receiver:
                 id=id,
                 manifest=manifest,
                 holder=holder,
-                lease=lease,
                 expires=self._clock() + lease,
                 staging=staging,
                 revision=revision,
@@ -290,11 +298,9 @@ class Receiver:
                 delta=delta,
                 arrivals=arrivals,
                 ahead=ahead,
-                buckets=buckets,
                 scans=[*nothing],
                 known=[] if buckets else nothing,
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
-                cancelled=arrivals.cancelled,
                 followed=self._followed,
             )
             if self._background:
@@ -374,15 +380,16 @@ class Receiver:
     def poll(self, id: str, hold: float = 0.0, linger: float = 0.0) -> dict[str, Any]:
         """How far the long work of this update is; raises what ended it. No sign of life: it does not renew, but the
         lease lasts for another `hold` seconds at least. While there is work it answers up to `linger` seconds later,
-        for callers that know that the engine has nothing to generate meanwhile. It also does the engine's own thread's
-        part of the work, a little at each call."""
+        four times that once all has come, for callers that know that the engine has nothing to generate meanwhile. It
+        also does the engine's own thread's part of the work, a little at each call."""
         with self._lock:
             update = self._held(id)
             jobs = update.jobs
+        end = time.monotonic() + min(4 * linger, _MAX_LINGER)
         left = wait(jobs, timeout=min(linger, _MAX_LINGER)).not_done
         if left and update.known:
             # All has come, and what is left is short: another question would take longer.
-            wait(left, timeout=min(3 * linger, _MAX_LINGER))
+            wait(left, timeout=end - time.monotonic())
         with self._lock:
             update = self._held(id)
             update.expires = max(update.expires, self._clock() + hold)
@@ -673,7 +680,9 @@ class Receiver:
         arrivals = update.arrivals
         if isinstance(update.staging, HasPlaces):
             arrivals = replace(arrivals, place=place)
-        opened = update.ahead.result() if update.ahead else self._open_and_scan(address, arrivals, update.manifest)
+        # What holds the trainer's memory is not to outlast this.
+        ahead, update.ahead = update.ahead, None
+        opened = ahead.result() if ahead else self._open_and_scan(address, arrivals, update.manifest)
         if opened.lent is not None:
             self._take_lent(update, arrivals, opened.lent, opened.scans)
             return
@@ -837,7 +846,7 @@ class Receiver:
     def _end(self, update: _Update, reason: str) -> None:
         update.cancelled.set()
         update.followed.set()
-        self._update = None
+        self._update = update.ahead = None
         self._remember(update.id, reason)
         if update.revision is not None:
             self._dropped.append(update.revision)
@@ -911,7 +920,7 @@ def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) ->
         wrong = [spec.name for spec, digest, sent in pairs if digest.hex() != sent]
         raise VerificationError(
             f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {rank}: {_some(wrong)}",
-            next_step="Nothing was changed. Publish again; if it repeats, try another transport.",
+            next_step=_unharmed(update, "Publish again; if it repeats, try another transport."),
         )
 
 
@@ -924,8 +933,12 @@ def _refuse_nonfinite(update: _Update) -> None:
     if bad:
         raise NonFinite(
             f"NaN or Inf in {_some(bad)}",
-            next_step="Nothing was changed. Look at the training step, or publish with finite=False.",
+            next_step=_unharmed(update, "Look at the training step, or publish with finite=False."),
         )
+
+
+def _unharmed(update: _Update, next_step: str) -> str:
+    return f"{'Live weights were written over' if update.overwrites else 'Nothing was changed'}. {next_step}"
 
 
 def encode_call(**arguments: Any) -> bytes:

@@ -103,7 +103,7 @@ def find_route(
     own = together.everywhere(lambda: baseline.encode(reading.read_own, look, finite=finite))
     step = own
     if ranks is not None:
-        baseline.wait()
+        together.everywhere(baseline.wait)
         collected = collect(ranks, reading.parts, own)
         names = [spec.name for spec in reading.specs]
         step = together.on_leader(lambda: join_all(names, reading.parts, own, collected)) or []

@@ -35,10 +35,10 @@ from weightwire.route import Kept, Route, find_route
 from weightwire.sources.base import Source
 from weightwire.sources.together import Together
 from weightwire.transports import Choice, Lender, Link, Pushes, Sender, SendsParts, Transport
-from weightwire.transports.cuda_driver import uuid_of
+from weightwire.transports.cuda_driver import gpu_of
 from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
-from weightwire.updates.buckets import Bucket, Piece, copy_pieces, cut
+from weightwire.updates.buckets import Bucket, Piece, cut, fill_bucket
 from weightwire.updates.delta import Delta, scans_of
 from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
@@ -86,7 +86,11 @@ class Means:
                 raise error.at(engine=engine.name, phase="resolve") from None
             found = answers[0]
             self.choices[engine.name] = replace(
-                choice, ranks=found.ranks, adapter_dtype=found.adapter_dtype, gpus=found.gpus
+                choice,
+                ranks=found.ranks,
+                adapter_dtype=found.adapter_dtype,
+                gpus=found.gpus,
+                one_server=found.one_server,
             )
         return self.choices[engine.name]
 
@@ -167,7 +171,7 @@ class Run:
         alone = self._ranks is None and len(self._fleet.engines) == 1  # then it waits for nobody, and is asked once
         if not (alone and self._fetches_by_itself):
             together.on_leader(self._finish)
-        if not (alone and self._fetches_by_itself and not self._senders):
+        if not (alone and self._waits_itself(manifest)):
             together.on_leader(self._push_until_begun)
         marks.append(time.perf_counter())
         digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
@@ -176,6 +180,7 @@ class Run:
         marks.append(time.perf_counter())
         # From here on engines may differ, and aborting could not make them alike again.
         self.committing = True
+        before = None if kept is None else (kept.apart, kept.unsure)
         if kept is not None:
             kept.committing(version, self._route.own)
         sealing = digests if alone else {}
@@ -186,6 +191,8 @@ class Run:
         except WeightwireError as error:
             # What failed to seal it serves what it did.
             self.committing = not alone or error.phase not in _PHASES[:-1]
+            if kept is not None and before is not None and not self.committing:
+                kept.apart, kept.unsure = before
             raise
         marks.append(time.perf_counter())
         for receipt in receipts.values() if alone else ():
@@ -338,7 +345,7 @@ class Run:
         def begin(engine: Engine) -> Begun:
             lends = self._choices[engine.name].name not in senders and not manifest.adapter
             # Where the weights are on the engine's own GPU, it need not stand still while they come.
-            stays = lends and (manifest.staging == "copy" or self._is_where(engine))
+            stays = lends and (manifest.staging == "copy" or self._is_here(engine))
             own = msgspec.structs.replace(manifest, staging="lent") if stays else manifest
             return engine.begin(
                 behind.get(engine.name, own),
@@ -367,10 +374,15 @@ class Run:
             wait(self._beginning.values(), _HEAD_START_SECONDS)
         return manifest
 
-    def _is_where(self, engine: Engine) -> bool:
-        """Whether the weights are on the GPU of all of its ranks."""
-        device = Weights(self._source).device
-        return set(self._choices[engine.name].gpus) == {uuid_of(device) if device.type == "cuda" else None}
+    def _is_here(self, engine: Engine) -> bool:
+        """Whether all of its ranks are on the GPU that the weights are on, or it does not say where they are."""
+        return not {*self._choices[engine.name].gpus} - {gpu_of(Weights(self._source).device)}
+
+    def _waits_itself(self, manifest: Manifest) -> bool:
+        """Whether an engine alone may be asked to commit while it begins: nothing travels, and it sees to the order.
+        Not where it stands still from the beginning on, which is several steps, and nothing would be gained."""
+        ordered = all(self._choices[engine.name].one_server for engine in self._fleet.engines)
+        return ordered and self._fetches_by_itself and not self._senders and manifest.staging == "copy"
 
     def _push_until_begun(self) -> None:
         """Readers come while engines still begin; what is ready for them goes out meanwhile."""
@@ -471,7 +483,7 @@ class Run:
             if deltas is None:
                 self._fill(bucket, data, scans)
             elif data is not None:
-                copy_pieces(bucket, data, [delta.data for delta in deltas], fill=True)
+                fill_bucket(bucket, data, [delta.data for delta in deltas])
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
         known = settle(scans)
         return known if self._ranks is None else self._ranks.total(known)
@@ -635,7 +647,10 @@ class Run:
                 return ask(engine)
             except UpdateNotFound:
                 # Asked for while the update was being begun, it may have come there first.
-                if begun or not isinstance(beginning.result(self._fleet.left()), Begun):
+                wait((beginning,), self._fleet.left())
+                if not beginning.done():
+                    raise DeadlineError("no answer", engine=engine.name, phase="begin") from None
+                if begun or not isinstance(beginning.result(), Begun):
                     raise
                 return ask(engine)
 

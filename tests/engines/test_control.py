@@ -119,7 +119,7 @@ class FakeHost:
     name = "fake"
     model = "a model"
     idle = False
-    in_order = False
+    alone = in_order = False
 
     def __init__(self, ranks: int) -> None:
         self.ranks = [Rank() for _ in range(ranks)]

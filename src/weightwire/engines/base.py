@@ -25,7 +25,9 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """What an engine says of itself. `version` is None until a first update; `offers` answers each transport offered
     (None: it can be used; else why not); `update` is who holds the engine, and until when. `spent` is the newest
     version that each adapter's name ever had here: later ones must be higher, also after it was unloaded.
-    `adapter_dtype`: what it casts adapters to (None: nothing). `gpus`: the UUID of each rank's (None: a CPU)."""
+    `adapter_dtype`: what it casts adapters to (None: nothing). `gpus`: the UUID of each rank's (None: a CPU).
+    `one_server`: whether one process takes all calls, so that a commit that is asked for while the update is being
+    begun waits for that."""
 
     engine: str
     model: str
@@ -39,6 +41,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     spent: dict[str, int] = {}
     adapter_dtype: str | None = None
     gpus: tuple[str | None, ...] = ()
+    one_server: bool = False
     receipt: EngineReceipt | None = None
 
     def serves(self, adapter: str | None) -> int | None:

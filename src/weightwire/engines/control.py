@@ -40,7 +40,7 @@ logger = logging.getLogger("vllm.weightwire.control")
 
 T = TypeVar("T")
 _CLEAN_UP_SECONDS = 20.0
-_LINGER_SECONDS = 0.01  # a request that comes meanwhile waits for as long
+_LINGER_SECONDS = 0.01  # a request that comes meanwhile waits for as long, or up to 0.05 once all of an update has come
 _WATCH_SECONDS = 0.5  # how soon it is seen that a trainer has gone silent, for which the engine stands still
 _unwaited: set[asyncio.Future[Any]] = set()
 
@@ -54,6 +54,10 @@ class Host(Protocol):
     @property
     def idle(self) -> bool:
         """Whether it is certain that nothing is being generated, so that workers may take their time to answer."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether all calls to the engine are known to come by way of this side: there is no other API server."""
 
     @property
     def in_order(self) -> bool:
@@ -146,6 +150,7 @@ class Control:
             spent=first["spent"],
             adapter_dtype=first["adapter_dtype"],
             gpus=tuple(rank["gpu"] for rank in ranks),
+            one_server=self.host.alone,
             receipt=first["receipt"] and msgspec.convert(first["receipt"], EngineReceipt),
         )
 
@@ -218,6 +223,7 @@ class Control:
         deadline = time.monotonic() + timeout
         if (begun := self._beginnings.get(id)) is not None:
             await self._in_time(begun.wait(), timeout, "begin")
+            timeout = deadline - time.monotonic()
         if digests is None:
             return await asyncio.shield(self._commit(id, pause, keep_cache, deadline))
         if id == self._lone_adapter and await self._is_only_client(timeout):

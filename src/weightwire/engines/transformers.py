@@ -34,6 +34,7 @@ from weightwire.errors import (
 from weightwire.receiver import Receiver
 from weightwire.revisions import Revision
 from weightwire.target import AdapterStaging
+from weightwire.transports.cuda_driver import gpu_of
 from weightwire.updates.digest import Scan, scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
@@ -160,11 +161,17 @@ class _Host:
     def __init__(self, name: str, module: torch.nn.Module, lock: threading.RLock) -> None:
         self.name = name
         self.model = type(module).__name__
+        self.alone = True
         self.idle = self.in_order = False  # its receiver is asked from a thread, beside the model
         self.adapters = ModuleAdapters(module, lock)
         target = ModuleTarget(self.adapters)
         self.receiver = Receiver(
-            target, transports.fetch, open=transports.open_lent, probe=transports.probe, sweep=transports.sweep
+            target,
+            transports.fetch,
+            open=transports.open_lent,
+            probe=transports.probe,
+            sweep=transports.sweep,
+            gpu=gpu_of(next((p.device for p in module.parameters()), torch.device("cpu"))),
         )
         self.names: dict[str, Revision] = {}
         self.refusal: str | None = None

@@ -70,7 +70,9 @@ class Choice:
     adapter_dtype: str | None = None
     """The dtype to which the engine casts LoRA adapters."""
     gpus: tuple[str | None, ...] = ()
-    """The GPU of each rank (`engines.base.EngineStatus`)."""
+    """The GPU of each rank (`engines.base.EngineStatus`); of an engine that does not say so, nothing."""
+    one_server: bool = False
+    """As `engines.base.EngineStatus`."""
 
     @property
     def usable(self) -> list[str]:

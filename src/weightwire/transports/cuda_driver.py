@@ -13,7 +13,7 @@ import torch
 
 from weightwire.errors import TransportError
 
-__all__ = ["close_handle", "handle_of", "number_of", "open_handle", "range_of", "uuid_of"]
+__all__ = ["close_handle", "gpu_of", "handle_of", "number_of", "open_handle", "range_of", "uuid_of"]
 
 HANDLE_BYTES = 64
 _ENABLE_PEER_ACCESS = 1
@@ -56,6 +56,14 @@ def open_handle(handle: bytes) -> int:
 
 def close_handle(address: int) -> None:
     _call("cuIpcCloseMemHandle", ctypes.c_uint64(address))
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """`uuid_of` a GPU; None of what is none.
+
+    >>> gpu_of(torch.device("cpu"))
+    """
+    return uuid_of(device) if device.type == "cuda" else None
 
 
 def uuid_of(device: torch.device) -> str:

@@ -145,7 +145,9 @@ class _Opened:
                 raise UsageError(f"{len(lent.tensors)} tensors are lent, the manifest has {len(tensors)}")
             self._last = (None, Lent([]))
             wanted = {handle for handle, _ in lent.allocations}
-            for handle in self._open.keys() - wanted:
+            if unwanted := self._open.keys() - wanted:
+                _finish_reading()
+            for handle in unwanted:
                 cuda_driver.close_handle(self._open.pop(handle)[0])
             for handle in wanted - self._open.keys():
                 opened = cuda_driver.open_handle(handle)
@@ -158,11 +160,18 @@ class _Opened:
             return self._last[1]
 
     def close(self) -> None:
-        """Close everything. Nothing may be reading it any more."""
+        """Close everything, once what is queued on the current stream, by which it is read, is done."""
         with self._lock:
             self._last = (None, Lent([]))
+            if self._open:
+                _finish_reading()
             while self._open:
                 cuda_driver.close_handle(self._open.popitem()[1][0])
+
+
+def _finish_reading() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 _opened = _Opened()

@@ -14,7 +14,7 @@ import torch
 
 from weightwire.updates.manifest import Manifest, TensorSpec
 
-__all__ = ["ALIGNMENT", "Bucket", "Piece", "copy_pieces", "cut"]
+__all__ = ["ALIGNMENT", "Bucket", "Piece", "cut", "fill_bucket"]
 
 ALIGNMENT = 64
 """Bytes. Every piece starts at a multiple, so that it can be viewed as any dtype and read in whole cache lines."""
@@ -60,28 +60,24 @@ class Bucket(NamedTuple):
         return self.nbytes > len(self.pieces) * _APART_BYTES
 
 
-def copy_pieces(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tensor], *, fill: bool) -> None:
-    """Copy a bucket's pieces, of tensors of bytes (uint8, 1-D, on one device), between them and `data`, the bucket's
-    memory: out of it, or into it with `fill`, where nothing is waited for and the tensors must stay. Where they lie
-    side by side just as in the bucket, it is one copy: for hundreds of them, one each takes longer than their bytes.
+def fill_bucket(bucket: Bucket, data: torch.Tensor, tensors: Sequence[torch.Tensor]) -> None:
+    """Copy a bucket's pieces, of tensors of bytes (uint8, 1-D, on one device), into `data`, the bucket's memory. It is
+    not waited for, and the tensors must stay. Where they lie side by side just as in the bucket, it is one copy: for
+    hundreds of them, one each takes longer than their bytes.
 
-    >>> memory = torch.zeros(80, dtype=torch.uint8)
+    >>> memory, data = torch.arange(80, dtype=torch.uint8), torch.zeros(67, dtype=torch.uint8)
     >>> bucket = Bucket(0, 67, (Piece(0, 0, 2, 0, torch.uint8), Piece(1, 0, 3, 64, torch.uint8)))
-    >>> copy_pieces(bucket, torch.arange(67, dtype=torch.uint8), [memory[:2], memory[64:67]], fill=False)
-    >>> memory[:2].tolist(), memory[64:].tolist()
-    ([0, 1], [64, 65, 66, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    >>> fill_bucket(bucket, data, [memory[:2], memory[64:67]])
+    >>> data[:2].tolist(), data[64:].tolist()
+    ([0, 1], [64, 65, 66])
     """
     if not bucket.pieces:
         return
     if (memory := _laid_out_alike(bucket, tensors)) is not None:
-        own, there = [memory], [data[: bucket.nbytes]]
-    else:
-        own = [piece.of(tensors[piece.tensor]) for piece in bucket.pieces]
-        there = [piece.within(data) for piece in bucket.pieces]
-    if fill:
-        torch._foreach_copy_(there, own, non_blocking=True)
-    else:
-        torch._foreach_copy_(own, there)  # what arrives may lie in memory that is written again at once
+        data[: bucket.nbytes].copy_(memory, non_blocking=True)
+        return
+    own = [piece.of(tensors[piece.tensor]) for piece in bucket.pieces]
+    torch._foreach_copy_([piece.within(data) for piece in bucket.pieces], own, non_blocking=True)
 
 
 def _laid_out_alike(bucket: Bucket, tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:

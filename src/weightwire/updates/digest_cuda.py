@@ -138,11 +138,9 @@ def table(lines: Sequence[Line] | npt.NDArray[np.int64], device: torch.device) -
         for together, made, places in _parts(fields[mine], numbers[mine], _KINDS[least][0]):
             launches.append((*_KINDS[least], together))
             tables += [made, places]
-    here = iter(sent_all(tables, device) if tables else [])
-    parts = [
-        _Part(*launch, made, Tiles(next(here), len(places)))
-        for launch, made, places in zip(launches, here, tables[1::2], strict=False)
-    ]
+    here = sent_all(tables, device) if tables else []
+    made, places = here[::2], [Tiles(each, len(each)) for each in here[1::2]]
+    parts = [_Part(*each) for each in zip(*zip(*launches, strict=True), made, places, strict=True)]
     return Table(parts, len(lines), device)
 
 

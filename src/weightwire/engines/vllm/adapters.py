@@ -482,7 +482,7 @@ class _Staged(StagedAdapter):
         # It is in its slot. Its way to the host may take longer than all before, and nobody need wait for that.
         memory, helper, spare = self._early.result(), self._binding.helper, self._store.spare
         on_host, loras, self._on_host = self._on_host, self._loras, _OnHost([])
-        template = self._binding.template
+        template, beside = self._binding.template, self._store.beside
 
         def move() -> tuple[dict[str, torch.Tensor], Any]:
             time.sleep(_ANSWER_SECONDS)
@@ -492,9 +492,9 @@ class _Staged(StagedAdapter):
                 for which in ("lora_a", "lora_b"):
                     setattr(lora, which, on_host.of_all(getattr(lora, which)))
             if memory.device.type != "cpu":
-                if template is not None:
-                    memory.prepare(template, lambda own: template.build(0, own))
                 spare.keep(memory)
+                if template is not None:  # for the next, and if that fails it is made when it is needed
+                    beside.submit(memory.prepare, template, lambda own: template.build(0, own))
             return sent, helper
 
         self._store.keep(self._revision, move)

@@ -190,19 +190,18 @@ class DeviceStaging:
         self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
         self._cast, cast, self._all = self._names()
-        named = self._all
         if manifest.staging == "none":
             if self.computed:
                 raise UnsupportedError(
                     f"{self.computed[0]} is computed by the model's loader, which needs a staged copy",
                     next_step="Publish without staging='none'.",
                 )
-            if apart := [name for name in named if len(live[name]) > 1]:
+            if apart := [name for name in self._all if len(live[name]) > 1]:
                 raise UnsupportedError(
                     f"{apart[0]} is in {len(live[apart[0]])} places of the live model, which needs a staged copy",
                     next_step="Publish without staging='none'.",
                 )
-            self._staged = {name: live[name][0] for name in named}
+            self._staged = {name: live[name][0] for name in self._all}
         self._own = {"copy": self._all, "lent": tuple(sorted(cast.union(self.computed))), "none": ()}[manifest.staging]
         self.nbytes = self._layout(self._own).nbytes
 

@@ -148,6 +148,8 @@ class DeviceDelta(ArrivingDelta):
         self._patches = None
 
     def _check_bases(self, heads: Heads) -> None:
+        if heads["before"].shape != self._before.tensors.shape:
+            raise VersionError("what is live are other tensors", next_step="Publish everything.")
         covered = np.stack([heads["start"], heads["numel"], heads["dtype"]], axis=1)
         other = (covered != self._places.covers).any(axis=1)
         for n in np.flatnonzero(other | (heads["before"] != self._before.tensors).any(axis=1)).tolist():

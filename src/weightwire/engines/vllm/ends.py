@@ -13,7 +13,7 @@ from weightwire.engines.vllm.sleep import Sleep
 from weightwire.engines.vllm.target import VllmTarget
 from weightwire.errors import StateError
 from weightwire.receiver import Arrivals, Lent, Receiver
-from weightwire.transports.cuda_driver import uuid_of
+from weightwire.transports.cuda_driver import gpu_of
 
 if TYPE_CHECKING:
     from weightwire.engines.vllm.broadcast import Broadcasts
@@ -38,7 +38,7 @@ class Ends:
             probe=transports.probe,
             sweep=transports.sweep,
             rank=worker.rank,
-            gpu=_gpu_of(torch.device(worker.device)),
+            gpu=gpu_of(torch.device(worker.device)),
             keep=keep,
         )
         self.sleep = Sleep(worker, self.receiver.poison, self.target.adapters.let_go)
@@ -68,7 +68,3 @@ class Ends:
         from weightwire.engines.vllm.broadcast import Broadcasts
 
         return Broadcasts(self._worker, self)
-
-
-def _gpu_of(device: torch.device) -> str | None:
-    return uuid_of(device) if device.type == "cuda" else None

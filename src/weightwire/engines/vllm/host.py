@@ -43,10 +43,13 @@ class AsyncHost:
         return self._engine.vllm_config.lora_config is not None
 
     @property
+    def alone(self) -> bool:
+        return bool(getattr(self._engine.engine_core, "client_count", 1) == 1)
+
+    @property
     def idle(self) -> bool:
         # Of several API servers each knows only its own requests.
-        alone = getattr(self._engine.engine_core, "client_count", 1) == 1
-        return alone and self._engine.output_processor.get_num_unfinished_requests() == 0
+        return self.alone and self._engine.output_processor.get_num_unfinished_requests() == 0
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
         if op == "begin":
@@ -160,7 +163,7 @@ class SyncHost:
         self._engine = llm.llm_engine
         self.name = name
         self.model = str(llm.model_config.model)
-        self.idle, self.in_order = True, False
+        self.idle, self.alone, self.in_order = True, True, False
         self._turn = threading.Lock()
         self.names = names_of(llm)
         self.in_use, self.list = self.names.in_use, self.names.list

@@ -75,7 +75,7 @@ class AllRanks:
 
     name = "this engine"
     idle = True
-    in_order = False
+    in_order = alone = False
 
     def __init__(self, ranks: Ranks, ends: Ends, worker: Any) -> None:
         self._ranks, self._ends, self._worker = ranks, ends, worker

@@ -61,7 +61,7 @@ class _RayHost:
         self.model = str(facts["model"])
         # An actor with an `LLM` does one thing at a time.
         self.idle = facts["kind"] == "LLM"
-        self.in_order = False
+        self.in_order = self.alone = False
         self.address = "" if facts["address"] == ray.util.get_node_ip_address() else str(facts["address"])
 
     async def call(self, op: str, arguments: bytes, body: bytes | None, timeout: float) -> list[bytes]:
