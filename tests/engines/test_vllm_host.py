@@ -8,7 +8,9 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
-from weightwire.engines.vllm.host import SyncHost
+import pytest
+
+from weightwire.engines.vllm.host import AsyncHost, SyncHost
 
 
 class OneAtATime:
@@ -39,3 +41,16 @@ def test_an_llm_is_asked_one_thing_at_a_time() -> None:
         assert llm.answered == 5
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize(("servers", "alone"), [(1, True), (2, False), (None, True)])
+def test_one_of_several_api_servers_says_that_it_is_not_the_only_one(servers: int | None, alone: bool) -> None:
+    """What it knows of updates that are being begun, the others do not."""
+    engine = SimpleNamespace(
+        model_config=SimpleNamespace(model="a model"),
+        engine_core=SimpleNamespace(**({} if servers is None else {"client_count": servers})),
+        output_processor=SimpleNamespace(get_num_unfinished_requests=lambda: 0),
+    )
+    names = SimpleNamespace(in_use=None, list=None)
+    host = AsyncHost(engine, "a", names)  # type: ignore[arg-type]
+    assert (host.alone, host.idle) == (alone, alone)
