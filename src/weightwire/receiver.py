@@ -920,7 +920,7 @@ def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) ->
         wrong = [spec.name for spec, digest, sent in pairs if digest.hex() != sent]
         raise VerificationError(
             f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {rank}: {_some(wrong)}",
-            next_step=_unharmed(update, "Publish again; if it repeats, try another transport."),
+            next_step=_with_what_changed(update, "Publish again; if it repeats, try another transport."),
         )
 
 
@@ -933,11 +933,11 @@ def _refuse_nonfinite(update: _Update) -> None:
     if bad:
         raise NonFinite(
             f"NaN or Inf in {_some(bad)}",
-            next_step=_unharmed(update, "Look at the training step, or publish with finite=False."),
+            next_step=_with_what_changed(update, "Look at the training step, or publish with finite=False."),
         )
 
 
-def _unharmed(update: _Update, next_step: str) -> str:
+def _with_what_changed(update: _Update, next_step: str) -> str:
     return f"{'Live weights were written over' if update.overwrites else 'Nothing was changed'}. {next_step}"
 
 

@@ -987,6 +987,27 @@ def test_what_was_committed_is_not_asked_after_though_its_rank_was_busy_still(at
     asyncio.run(run())
 
 
+def begins_at_next_look(control: Control, host: AsksOnce) -> list[str]:
+    """Has an update begin, for which the engine stands still, as soon as the host looks; its id, then."""
+    began: list[str] = []
+
+    async def begin() -> None:
+        if not began:
+            began.append("")
+            began[0] = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
+
+    host.hooks["look"] = begin
+    return began
+
+
+async def assert_it_goes_on(control: Control, host: AsksOnce, id: str) -> None:
+    """The engine stands still for this one, whose weights come only now."""
+    assert host.paused
+    host.sent.set()
+    await control.commit(id, "keep", False, SECONDS, digests_of(8))
+    assert (host.live(), host.paused) == ([8.0] * 3, False)
+
+
 def test_the_watch_of_one_that_failed_lets_the_next_be(at_once: AsksOnce) -> None:
     async def run() -> None:
         control = Control(at_once)
@@ -994,10 +1015,7 @@ def test_the_watch_of_one_that_failed_lets_the_next_be(at_once: AsksOnce) -> Non
         await at_once.call("abort", encode_call(id=id), None, SECONDS)  # as a lease's end does, which tells nobody
         again = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
         await asyncio.sleep(1.2)
-        assert at_once.paused
-        at_once.sent.set()
-        await control.commit(again, "keep", False, SECONDS, digests_of(8))
-        assert (at_once.live(), at_once.paused) == ([8.0] * 3, False)
+        await assert_it_goes_on(control, at_once, again)
 
     asyncio.run(run())
 
@@ -1005,22 +1023,12 @@ def test_the_watch_of_one_that_failed_lets_the_next_be(at_once: AsksOnce) -> Non
 def test_an_update_that_begins_while_the_watch_of_one_before_finds_out_is_let_be(at_once: AsksOnce) -> None:
     async def run() -> None:
         control = Control(at_once)
-        began: list[str] = []
-
-        async def begin() -> None:
-            if not began:
-                began.append("")
-                began[0] = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
-
         id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS, "never:7")).id
-        at_once.hooks["look"] = begin
+        began = begins_at_next_look(control, at_once)
         await at_once.call("abort", encode_call(id=id), None, SECONDS)
         await becomes(lambda: any(began))
         await asyncio.sleep(0.2)
-        assert at_once.paused
-        at_once.sent.set()
-        await control.commit(began[0], "keep", False, SECONDS, digests_of(8))
-        assert (at_once.live(), at_once.paused) == ([8.0] * 3, False)
+        await assert_it_goes_on(control, at_once, began[0])
 
     asyncio.run(run())
 
@@ -1028,22 +1036,12 @@ def test_an_update_that_begins_while_the_watch_of_one_before_finds_out_is_let_be
 def test_an_update_that_begins_while_one_before_is_aborted_is_let_be(at_once: AsksOnce) -> None:
     async def run() -> None:
         control = Control(at_once)
-        began: list[str] = []
-
-        async def begin() -> None:
-            if not began:
-                began.append("")
-                began[0] = (await control.begin(direct(8), "trainer", SECONDS, SECONDS, "late:8")).id
-
         id = (await control.begin(direct(7), "trainer", SECONDS, SECONDS, "never:7")).id
         await asyncio.sleep(0.1)  # until the watch sleeps
-        at_once.hooks["look"] = begin
+        began = begins_at_next_look(control, at_once)
         await control.abort(id, SECONDS)
         assert any(began)
-        assert at_once.paused
-        at_once.sent.set()
-        await control.commit(began[0], "keep", False, SECONDS, digests_of(8))
-        assert (at_once.live(), at_once.paused) == ([8.0] * 3, False)
+        await assert_it_goes_on(control, at_once, began[0])
 
     asyncio.run(run())
 

@@ -168,12 +168,14 @@ class Control:
         id: str | None = None,
     ) -> Begun:
         id, deadline = id or secrets.token_hex(16), time.monotonic() + timeout
-        plain = msgspec.json.encode(manifest)
+        encoded = msgspec.json.encode(manifest)
         in_place = manifest.staging == "none"
         early = None if in_place else address
         self._beginnings[id] = begun = asyncio.Event()
         try:
-            ranks = await self._all("begin", timeout, id=id, manifest=plain, holder=holder, lease=lease, address=early)
+            ranks = await self._all(
+                "begin", timeout, id=id, manifest=encoded, holder=holder, lease=lease, address=early
+            )
             refuse_left_over(manifest, ranks)
             if in_place:
                 self._standing = id

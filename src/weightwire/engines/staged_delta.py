@@ -31,7 +31,7 @@ class ArrivingDelta:
         self._memory_on = device
         self._memory: torch.Tensor | None = None
         # Each begins where it does in a bucket.
-        self._begins: list[int] = ends_of(-(-np.array(manifest.encoded, np.int64) // ALIGNMENT) * ALIGNMENT).tolist()
+        self._begins: list[int] = ends_of(np.array(manifest.encoded, np.int64), ALIGNMENT).tolist()
         self.nbytes = _PATCH * sum(manifest.encoded)
 
     def _arriving(self) -> torch.Tensor:

@@ -341,7 +341,7 @@ def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta
         entries = np.where(larges > 0, 8, 4)
         texts = HEAD_BYTES + each * entries
         nbytes = texts + 4 * sizes + SEAL_BYTES
-        places = ends_of(-(-nbytes // ALIGNMENT) * ALIGNMENT)
+        places = ends_of(nbytes, ALIGNMENT)
         target = torch.zeros(int(places[-1]) // 4, dtype=torch.int32, device=device)
         tables, texts = places[:-1] + HEAD_BYTES, places[:-1] + texts
         begin = np.stack([texts // 4 - (np.cumsum(sizes) - sizes), tables // 4, entries // 4])
@@ -413,7 +413,7 @@ def together(deltas: Sequence[Delta], device: torch.device) -> Deltas:
     begins, memories = addresses - addresses[0], {each.untyped_storage().data_ptr() for each in data}
     # Those that were encoded together lie one behind the other, and are copied by one call.
     if len(memories) > 1 or begins.min() < 0 or (begins % ALIGNMENT).any():
-        begins = ends_of(-(-heads["nbytes"].astype(np.int64) // ALIGNMENT) * ALIGNMENT)
+        begins = ends_of(heads["nbytes"].astype(np.int64), ALIGNMENT)
         memory = torch.empty(int(begins[-1]), dtype=torch.uint8, device=device)
         for each, begin in zip(data, begins.tolist(), strict=False):
             memory[begin : begin + each.numel()].copy_(each, non_blocking=True)

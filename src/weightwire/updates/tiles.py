@@ -25,7 +25,6 @@ __all__ = [
     "sent",
     "sent_all",
     "tiled",
-    "tiles",
 ]
 
 Array = npt.NDArray[np.int64]
@@ -60,7 +59,7 @@ def sent_all(tables: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
     >>> [table.tolist() for table in sent_all(tables, torch.device("cpu"))]
     [[0, 1, 2], [[0, 0]]]
     """
-    begins = ends_of(np.array([-(-table.nbytes // _ALIGNMENT) * _ALIGNMENT for table in tables], np.int64)).tolist()
+    begins = ends_of(np.array([table.nbytes for table in tables], np.int64), _ALIGNMENT).tolist()
     joined = np.zeros(begins[-1], np.uint8)
     for table, begin in zip(tables, begins, strict=False):
         joined[begin : begin + table.nbytes] = table.reshape(-1).view(np.uint8)
@@ -104,13 +103,13 @@ def parts_of(each: Array, device: torch.device) -> Parts:
     return Parts(each, ends, facts[0], of, torch.arange(total, device=device) - facts[0][of])
 
 
-def ends_of(sizes: Array) -> Array:
-    """Where each begins, one after the other, and the last one ends.
+def ends_of(sizes: Array, multiple: int = 1) -> Array:
+    """Where each begins, one after the other and at multiples of that, and where the next one would.
 
-    >>> ends_of(np.array([2, 0, 3])).tolist()
-    [0, 2, 2, 5]
+    >>> ends_of(np.array([2, 0, 3])).tolist(), ends_of(np.array([2, 0, 3]), 16).tolist()
+    ([0, 2, 2, 5], [0, 16, 16, 32])
     """
-    return np.append(0, np.cumsum(sizes))
+    return np.append(0, np.cumsum(-(-sizes // multiple) * multiple))
 
 
 def by_alignment(bits: Any, multiples: Iterable[int]) -> Iterator[tuple[int, Any]]:
@@ -141,14 +140,9 @@ def full_rows(rows: Any, width: Any, pitches: Sequence[Any], unit: int) -> tuple
     return np.where(run, -(-limit // COLUMNS), rows), np.where(run, COLUMNS, width), pitches, limit
 
 
-def tiles(counts: Any, widths: Any, device: torch.device) -> Tiles:
-    """Tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units, none of them empty."""
-    places = tiled(counts, widths)
-    return Tiles(sent(places, device), len(places))
-
-
 def tiled(counts: Any, widths: Any) -> npt.NDArray[np.int32]:
-    """The places of such tiles.
+    """The places of tiles of `ROWS` times `COLUMNS` units over lines of `counts[i]` rows of `widths[i]` units, none of
+    them empty.
 
     >>> tiled(np.array([17, 1]), np.array([1024, 3000])).tolist()
     [[0, 0, 0], [0, 16, 0], [1, 0, 0], [1, 0, 1024], [1, 0, 2048]]

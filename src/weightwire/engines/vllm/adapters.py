@@ -423,13 +423,16 @@ class _Staged(StagedAdapter):
         return None
 
     def _put(self, runs: Sequence[tuple[int, int, torch.Tensor]]) -> None:
-        """Copy what arrived, each from an element of its tensor on, to where it belongs."""
+        """Have what arrived, each from an element of its tensor on, where it belongs."""
         if runs:
-            memory = self._early.result()
-            memory.wait_until_free()
-            places = [_run(memory.rows[number], start, data.numel()) for number, start, data in runs]
+            rows = self._early.result().rows
+            places = [_run(rows[number], start, data.numel()) for number, start, data in runs]
             self._begin_building()
-            torch._foreach_copy_(places, [data for _, _, data in runs])
+            self._copy(places, [data for _, _, data in runs])
+
+    def _copy(self, places: list[torch.Tensor], data: list[torch.Tensor]) -> None:
+        self._early.result().wait_until_free()
+        torch._foreach_copy_(places, data)
 
     def copy_all(self, room: int) -> bool:
         return False  # it is copied anyway, and small
@@ -437,17 +440,11 @@ class _Staged(StagedAdapter):
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         self._lent[tensor] = data
 
-    def _put_lent(self) -> None:
-        if self._lent:
-            memory = self._early.result()
-            memory.wait_until_free()
-            places = [memory.sent[self._specs[number].name] for number in self._lent]
-            torch._foreach_copy_(places, [*self._lent.values()])
-            self._lent.clear()
-
     def seal(self, scans: Sequence[Scan]) -> None:
         building, memory = self._begin_building(), self._early.result()
-        self._put_lent()
+        if self._lent:
+            self._copy([memory.sent[self._specs[number].name] for number in self._lent], [*self._lent.values()])
+            self._lent.clear()
         built = building.result()
         # What arrived is checked as it arrives; what it became here may not be finite.
         cast = any(getattr(torch, spec.dtype) != self._dtype for spec in self._specs)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from weightwire.updates.boxes import Rows
-from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, tiles
+from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent_all, tiled
 
 __all__ = ["BatchedCopy", "Move"]
 
@@ -67,7 +67,8 @@ def _part(fields: Any, unit: int, device: torch.device) -> tuple[int, torch.Tens
     source, target, rows, width, source_pitch, target_pitch = fields.T
     rows, width, (source_pitch, target_pitch), limit = full_rows(rows, width, (source_pitch, target_pitch), unit)
     made = np.stack([source, target, width, source_pitch, target_pitch, limit], axis=1)
-    return unit, torch.from_numpy(made).to(device, non_blocking=True), tiles(rows, width, device)
+    table, places = sent_all([made, tiled(rows, width)], device)
+    return unit, table, Tiles(places, len(places))
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -8,7 +8,6 @@ computes, are staged then. With `staging="none"` what arrives goes into the live
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from weightwire.updates.digest import Scan, settle
 from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
+from weightwire.updates.tiles import ends_of
 
 __all__ = [
     "DeviceStaging",
@@ -353,9 +353,9 @@ class DeviceStaging:
         if tables.layouts_of is not self._plan:
             tables.layouts_of, tables.layouts, tables.places = self._plan, {}, {}
         if names not in tables.layouts:
-            sizes = [-(-self._live[name][0].nbytes // _ALIGNMENT) * _ALIGNMENT for name in names]
-            begins = itertools.accumulate(sizes, initial=0)
-            tables.layouts[names] = Layout(sum(sizes), dict(zip(names, begins, strict=False)))
+            sizes = np.array([self._live[name][0].nbytes for name in names], np.int64)
+            *begins, nbytes = ends_of(sizes, _ALIGNMENT).tolist()
+            tables.layouts[names] = Layout(nbytes, dict(zip(names, begins, strict=True)))
         return tables.layouts[names]
 
     def _allocate(self) -> None:
