@@ -3,8 +3,9 @@
     python benchmarks/gpu_delta.py [--share 0.01] [--runs 10] [--out FILE]
 
 `encode`: compare, encode, and bring the bytes to the host. `before`: the digests of the live weights. `decode`: the
-bytes, already on the GPU, checked, decoded and looked up in the weights; the weights' digests with them. `apply`: the
-new values written. A step moves each changed element by one unit in the last place.
+bytes, already on the GPU, checked, decoded and looked up in the weights. `apply`: the new values written. Both sides
+keep the tables of where their tensors are from one update to the next, as a publisher and a worker do. A step moves
+each changed element by one unit in the last place.
 """
 
 from __future__ import annotations
@@ -23,8 +24,18 @@ import torch
 
 from gpu import step, weights
 from weightwire.interpreter import collecting_later
-from weightwire.updates.delta_cuda import Deltas, decode_all, encode_all, parse_all, together
+from weightwire.updates.delta_cuda import (
+    Deltas,
+    Made,
+    compare_all,
+    decode_all,
+    encode_compared,
+    pair_up,
+    parse_all,
+    together,
+)
 from weightwire.updates.digest import scan_tensors_any, settle
+from weightwire.updates.digest_cuda import byte_lines, scan_lines, table
 from weightwire.updates.patch_cuda import Patches, Sites
 
 
@@ -50,20 +61,26 @@ def main() -> None:
     sites = Sites.of_whole(live)
     times: dict[str, list[float]] = {}
     gc.freeze()  # as vLLM does in its engine's process
+    news = [tensor.clone() for tensor in live]
+    pairs = pair_up(names, live, news)
+
+    def encode() -> Made:
+        made = encode_compared(compare_all(pairs))
+        made.wait()
+        return made
+
     for _ in range(args.runs + 2):
-        news = [tensor.clone() for tensor in live]
         for new in news:
             step(new, args.share)
-        made = timed(times, "encode", lambda news=news: encode_all(names, live, news))
-        deltas = [delta for delta, _ in made]
+        deltas = timed(times, "encode", encode).deltas
         nbytes = sum(delta.nbytes for delta in deltas)
         held = together(deltas, device)  # as they arrive: one behind the other
         sizes = held.heads["nbytes"].astype(np.int64)
-        data = [held.memory[begin : begin + n] for begin, n in zip(held.begins.tolist(), sizes.tolist(), strict=True)]
         timed(times, "before", lambda: settle(scan_tensors_any(live)))
 
-        def decode(data: list[torch.Tensor] = data, held: Deltas = held, sizes: Any = sizes) -> Patches:
-            scans = settle(scan_tensors_any(data))
+        def decode(held: Deltas = held, sizes: Any = sizes) -> Patches:
+            lines = byte_lines(held.memory.data_ptr() + held.begins, sizes)
+            scans = settle(scan_lines(table(lines, device)))
             changes = decode_all(names, parse_all(names, held.memory, held.begins, sizes, scans))
             patches = Patches(changes, sites)
             patches.look().cpu()
