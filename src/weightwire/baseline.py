@@ -134,7 +134,7 @@ class Baseline:
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._tensors[tensor][start : start + data.numel()].copy_(data.reshape(-1))
 
-    def take(self, read: Read) -> list[Scan]:
+    def take(self, read: Read) -> Sequence[Scan]:
         """Write all that `read` gives; its scans."""
         scans: list[Scan] = []
         for number, tensor in enumerate(self._tensors):
@@ -143,7 +143,7 @@ class Baseline:
             self.write(number, 0, data)
         return scans
 
-    def take_own(self, read: Read) -> list[Scan]:
+    def take_own(self, read: Read) -> Sequence[Scan]:
         """`take` of what is published now."""
         return self.take(read)
 

@@ -16,7 +16,7 @@ from weightwire.errors import NonFinite, UnsupportedError, VerificationError
 from weightwire.sources.base import Source, SpreadSource
 from weightwire.updates.boxes import Part
 from weightwire.updates.delta import Delta
-from weightwire.updates.digest import Scan, scan_boxes_any, settle
+from weightwire.updates.digest import Scan, Scans, scan_boxes_any, settle
 from weightwire.updates.manifest import TensorSpec
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class DeviceBaseline(Baseline):
         super().write(tensor, start, data)
         self._written = True
 
-    def take_own(self, read: Read) -> list[Scan]:
+    def take_own(self, read: Read) -> Sequence[Scan]:
         self._copy()
         self._written = True
         return self._scan()
@@ -186,7 +186,7 @@ class DeviceBaseline(Baseline):
         for base, new in zip(self._tensors, self._news(), strict=True):
             base.copy_(new)
 
-    def _scan(self) -> list[Scan]:
+    def _scan(self) -> Scans:
         parts = zip(self._tensors, self._parts, strict=True)
         return settle(scan_boxes_any([(base.view(part.box.shape), part.box, part.shape) for base, part in parts]))
 

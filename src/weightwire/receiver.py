@@ -24,6 +24,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
+import numpy as np
 import torch
 
 from weightwire.errors import (
@@ -62,6 +63,7 @@ from weightwire.updates.digest import (
     NO_DIGEST,
     Pending,
     Scan,
+    Scans,
     scan_pieces_any,
     scan_runs,
     scan_runs_any,
@@ -138,7 +140,7 @@ class _Update:
     arrivals: Arrivals
     ahead: Future[_Opened] | None
     scans: list[Scan | Pending]
-    known: list[Scan] = field(default_factory=list)
+    known: Sequence[Scan] = ()
     received: set[int] = field(default_factory=set)
     overwrites: bool = False
     began: float = field(default_factory=time.perf_counter)
@@ -299,7 +301,7 @@ class Receiver:
                 arrivals=arrivals,
                 ahead=ahead,
                 scans=[*nothing],
-                known=[] if buckets else nothing,
+                known=() if buckets else nothing,
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
                 followed=self._followed,
             )
@@ -479,8 +481,9 @@ class Receiver:
             self._update = None
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
-            staged = update.staging
-            digests = staged.after if isinstance(staged, Encoded) else [scanned.digest for scanned in update.known]
+            staged, names = update.staging, [spec.name for spec in update.manifest.tensors]
+            known = staged.after if isinstance(staged, Encoded) else None
+            digests = Scans.of(update.known).hexes() if known is None else [each.hex() for each in known]
             return {
                 "adapters": self._listed(**client) if client is not None else None,
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
@@ -491,9 +494,7 @@ class Receiver:
                 "tensors": len(update.manifest.tensors),
                 "nbytes": update.manifest.nbytes,
                 "seconds": {**update.seconds, "commit": time.perf_counter() - started},
-                "digests": {
-                    spec.name: digest.hex() for spec, digest in zip(update.manifest.tensors, digests, strict=True)
-                },
+                "digests": dict(zip(names, digests, strict=True)),
                 "adapter": update.revision and update.revision.label,
             }
 
@@ -705,10 +706,10 @@ class Receiver:
                 self._take(update, index, data)
             return
         # From here, also where the trainer's GPU is another one.
-        update.scans = [*(_scan_lent(lent.tensors) if scans is None else scans)]
+        scans = _scan_lent(lent.tensors) if scans is None else scans
         for number, data in enumerate(lent.tensors):
             update.staging.lend(number, data)
-        self._arrived(update, range(len(update.buckets)))
+        self._arrived(update, range(len(update.buckets)), scans)
 
     def _copies(self, update: _Update) -> bool:
         room = self._target.room() - room_for(update.buckets)
@@ -723,7 +724,7 @@ class Receiver:
         for piece, scanned in zip(bucket.pieces, scans, strict=True):
             before = update.scans[piece.tensor]
             update.scans[piece.tensor] = scanned if before is _NOTHING else scanned + before
-        self._arrived(update, (index,))
+        self._arrived(update, (index,), update.scans)
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
         if update.manifest.staging != "none" or update.overwrites:
@@ -736,9 +737,9 @@ class Receiver:
             update.overwrites = True
             self.poison(f"version {update.manifest.version} is being written over the one that was served")
 
-    def _arrived(self, update: _Update, buckets: Iterable[int]) -> None:
+    def _arrived(self, update: _Update, buckets: Iterable[int], scans: Sequence[Scan | Pending]) -> None:
         complete = len(update.received.union(buckets)) == len(update.buckets)
-        known = settle(update.scans) if complete else []
+        known = settle(scans) if complete else ()
         with self._lock:
             update.received.update(buckets)
             update.expires = self._clock() + update.lease
@@ -865,12 +866,12 @@ def _check_client(client: int = 0, clients: int = 1, in_use: Sequence[int] = ())
         raise StateError(f"client {client} of {clients}")
 
 
-def _scan_lent(tensors: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+def _scan_lent(tensors: Sequence[torch.Tensor]) -> Sequence[Scan | Pending]:
     device = torch.device("cuda", torch.cuda.current_device()) if tensors[0].is_cuda else None
     return scan_tensors_any(tensors, device)
 
 
-def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | Pending]:
+def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan | Pending]:
     """Have what a bucket holds staged; a scan of each piece."""
     pieces = bucket.pieces
     found: list[Scan | None] = [None] * len(pieces)
@@ -879,11 +880,11 @@ def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> list[Scan | P
     else:
         found = [update.staging.write(piece.tensor, piece.start, piece.within(data)) for piece in pieces]
     left = [(p.offset, p.count, p.start, p.dtype) for p, scan in zip(pieces, found, strict=True) if scan is None]
-    scans = iter(scan_runs_any(data, left))
+    scans: Iterator[Scan | Pending] = iter(scan_runs_any(data, left))
     return [next(scans) if scanned is None else scanned for scanned in found]
 
 
-def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> list[Scan | Pending]:
+def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> Sequence[Scan | Pending]:
     """The same of a bucket whose pieces lie apart."""
     staging = update.staging
     assert isinstance(staging, HasPlaces)
@@ -913,11 +914,10 @@ def _not_arrived(update: _Update) -> StateError:
 
 
 def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) -> None:
-    specs, found = update.manifest.tensors, [each.digest for each in update.known]
+    specs, found = update.manifest.tensors, Scans.of(update.known).hexes()
     # Of hundreds, almost always all are equal.
-    if [*digests] != [digest.hex() for digest in found]:
-        pairs = zip(specs, found, digests, strict=True)
-        wrong = [spec.name for spec, digest, sent in pairs if digest.hex() != sent]
+    if found != [*digests]:
+        wrong = [spec.name for spec, here, sent in zip(specs, found, digests, strict=True) if here != sent]
         raise VerificationError(
             f"{len(wrong)} of {len(specs)} tensors arrived with another digest on rank {rank}: {_some(wrong)}",
             next_step=_with_what_changed(update, "Publish again; if it repeats, try another transport."),
@@ -925,11 +925,8 @@ def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) ->
 
 
 def _refuse_nonfinite(update: _Update) -> None:
-    bad = [
-        f"{spec.name} ({found.nonfinite} of {spec.numel})"
-        for spec, found in zip(update.manifest.tensors, update.known, strict=True)
-        if found.nonfinite
-    ]
+    counts, specs = Scans.of(update.known).nonfinite, update.manifest.tensors
+    bad = [f"{specs[n].name} ({counts[n]} of {specs[n].numel})" for n in np.flatnonzero(counts).tolist()]
     if bad:
         raise NonFinite(
             f"NaN or Inf in {_some(bad)}",

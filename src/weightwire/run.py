@@ -40,7 +40,7 @@ from weightwire.updates.adapter import check_name
 from weightwire.updates.boxes import Part
 from weightwire.updates.buckets import Bucket, Piece, cut, fill_bucket
 from weightwire.updates.delta import Delta, scans_of
-from weightwire.updates.digest import NO_DIGEST, Pending, Scan, scan_tensors_any, settle
+from weightwire.updates.digest import NO_DIGEST, Pending, Scan, Scans, scan_tensors_any, settle
 from weightwire.updates.manifest import Adapter, Manifest, Staging, TensorSpec
 from weightwire.updates.receipt import EngineReceipt, Receipt
 
@@ -112,7 +112,7 @@ class Run:
         self._senders: list[Sender] = []
         self._lent = contextlib.ExitStack()
         self._ahead: list[torch.Tensor] = []
-        self._ahead_scans: list[Scan | Pending] = []
+        self._ahead_scans: Sequence[Scan | Pending] = ()
         self._told: dict[str, str | None] = {}
         self._unasked: list[Callable[[], None]] = []
         self._stages: list[Future[None]] = []
@@ -161,7 +161,8 @@ class Run:
         if baseline is not None and not self.of_deltas:
             together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         marks.append(time.perf_counter())
-        scans = own = self._stage(manifest, self._route.deltas)
+        scans = self._stage(manifest, self._route.deltas)
+        own: Sequence[Scan] = scans
         if not cut(manifest):
             # Where nothing is sent, to seal could be quicker than to stage.
             together.on_leader(self._end_stages)
@@ -174,7 +175,7 @@ class Run:
         if not (alone and self._waits_itself(manifest)):
             together.on_leader(self._push_until_begun)
         marks.append(time.perf_counter())
-        digests = {e.name: [s.digest.hex() for s in behind.get(e.name, scans)] for e in self._fleet.engines}
+        digests = {e.name: behind.get(e.name, scans).hexes() for e in self._fleet.engines}
         if not alone:
             together.on_leader(lambda: self._seal(digests))
         marks.append(time.perf_counter())
@@ -266,7 +267,7 @@ class Run:
         self._unasked.clear()
         self._stages.clear()
         self._beginning, self._commits = {}, {}
-        self._ahead, self._ahead_scans = [], []
+        self._ahead, self._ahead_scans = [], ()
 
     def _decide(self, *, whole: bool, finite: bool) -> None:
         """Find out whether deltas are sent."""
@@ -418,7 +419,7 @@ class Run:
         plain = self._ranks is None and not self.of_deltas and not reads_along
         if plain and Weights(self._source).device.type == "cuda":
             self._ahead = self._reading.whole
-            self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else []
+            self._ahead_scans = scan_tensors_any(self._ahead) if self._ahead else ()
 
     def _open(self, transport: Transport, engines: Sequence[Engine], buckets: Sequence[Bucket]) -> None:
         links = [self._link(engine) for engine in engines]
@@ -455,7 +456,7 @@ class Run:
         except WeightwireError as error:
             raise error.at(engine=engine.name, phase="stage") from None
 
-    def _stage(self, manifest: Manifest, deltas: Sequence[Delta] | None) -> list[Scan]:
+    def _stage(self, manifest: Manifest, deltas: Sequence[Delta] | None) -> Scans:
         """Read every bucket, on all ranks together, or take it from `deltas`, and send it from rank 0."""
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
@@ -470,8 +471,6 @@ class Run:
             assert self._baseline is not None
             self._baseline.wait()
             scans = [*scans_of(deltas)]
-        elif self._ahead_scans:
-            scans = [*self._ahead_scans]
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):
@@ -485,10 +484,10 @@ class Run:
             elif data is not None:
                 fill_bucket(bucket, data, [delta.data for delta in deltas])
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
-        known = settle(scans)
+        known = settle(scans if deltas else self._ahead_scans or scans)
         return known if self._ranks is None else self._ranks.total(known)
 
-    def _gather(self, manifest: Manifest) -> list[Scan]:
+    def _gather(self, manifest: Manifest) -> Scans:
         """`_stage` of a source that is spread over GPUs. What rank 0 does between two buckets is part of what the ranks
         agree on before the second, so that they do so once a bucket."""
         filled: list[tuple[Bucket, torch.Tensor | None]] = []
@@ -511,9 +510,9 @@ class Run:
         self._together.on_leader(send)
         return self._ranks.total(settle(scans))  # type: ignore[union-attr]
 
-    def _stage_behind(self, manifest: Manifest) -> dict[str, list[Scan]]:
+    def _stage_behind(self, manifest: Manifest) -> dict[str, Scans]:
         """The same, from memory, for engines that are behind; what each is sent, by its name."""
-        found: dict[str, list[Scan]] = {}
+        found: dict[str, Scans] = {}
         for each in self._route.behind:
             self._together.on_leader(self._end_stages)  # of those before: a sender is for one manifest
             own = each.of(manifest)

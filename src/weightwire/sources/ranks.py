@@ -15,17 +15,17 @@ from datetime import timedelta
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from weightwire.errors import SourceError, WeightwireError
 from weightwire.transports.cuda_driver import uuid_of
 from weightwire.transports.nccl_group import abort_group, make_group
-from weightwire.updates.digest import Digest, Scan
+from weightwire.updates.digest import Scan, Scans
 
 __all__ = ["Ranks"]
 
-_MASK = (1 << 64) - 1
 _LOOK_SECONDS = 0.0002
 _AHEAD = 2  # gatherings on a GPU that may be under way at a time
 
@@ -36,10 +36,11 @@ class Ranks:
     A rank that died, or that did not come within `timeout` seconds, is a `SourceError` on the others. The group is then
     closed, so that whoever still waits for this rank hears of it at once, and every further call says why.
 
+    >>> from weightwire.updates.digest import scan
     >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     >>> ranks = Ranks.over_default_group(timeout=10.0)
-    >>> ranks.share(b"from rank 0"), ranks.total([Scan(Digest(1, 2), 3)])
-    (b'from rank 0', [Scan(digest=Digest(low=1, high=2), nonfinite=3)])
+    >>> ranks.share(b"from rank 0"), ranks.total([scan(torch.ones(1))]) == [scan(torch.ones(1))]
+    (b'from rank 0', True)
     >>> ranks.close()
     >>> dist.destroy_process_group()
     """
@@ -95,13 +96,12 @@ class Ranks:
         said = self._broadcast((why or "").encode(), speaker, f"what rank {speaker} says").decode()
         return f"rank {speaker}: {said}" if speaker else said
 
-    def total(self, scans: Sequence[Scan]) -> list[Scan]:
+    def total(self, scans: Sequence[Scan]) -> Scans:
         """Element-wise sums over the ranks; every rank passes as many."""
-        rows = [(_signed(s.digest.low), _signed(s.digest.high), s.nonfinite) for s in scans]
-        table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 3)
+        table = torch.from_numpy(Scans.of(scans).rows.view(np.int64).copy())
         with self._waiting("the digests of all ranks") as group:
             dist.all_reduce(table, dist.ReduceOp.SUM, group=group)
-        return [Scan(Digest(low & _MASK, high & _MASK), nonfinite) for low, high, nonfinite in table.tolist()]
+        return Scans(table.numpy().view(np.uint64))
 
     def share(self, data: bytes | None) -> bytes:
         """What rank 0 passed. The other ranks' `data` is not looked at."""
@@ -219,10 +219,6 @@ class Ranks:
                 f"rank {self.rank} of {self.size} waited in vain for {what}: {_reason(error)}",
                 next_step="Look at what the other ranks say; one of them has died or hangs.",
             ) from error
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
 
 
 def _reason(error: BaseException) -> str:

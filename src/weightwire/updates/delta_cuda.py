@@ -33,7 +33,7 @@ from weightwire.updates.delta import (
     unit_costs,
     widths_of,
 )
-from weightwire.updates.digest import Digest, Scan, scan_rows, word_facts
+from weightwire.updates.digest import Digest, Scan, Scans, scan_rows, word_facts
 from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
 
 __all__ = [
@@ -399,9 +399,8 @@ def parse_all(names: Sequence[str], memory: torch.Tensor, begins: Array, sizes: 
             rice_cuda.read_ends[(len(begins),)](runs, table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
     ends = table.cpu()
     seals = ends[:, HEAD_BYTES:].contiguous()
-    found = np.array([scan.digest for scan in scans], np.uint64).reshape(-1, 2)
     of_seals = scan_rows(seals, np.maximum(sizes - SEAL_BYTES, 0))
-    intact = (found - of_seals == seals.numpy().view(np.uint64)).all(axis=1)
+    intact = (Scans.of(scans).digests - of_seals == seals.numpy().view(np.uint64)).all(axis=1)
     return Deltas(heads_of(names, ends[:, :HEAD_BYTES].numpy(), sizes, intact), memory, begins)
 
 

@@ -25,8 +25,8 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, overload
 
 import numba
 import numpy as np
@@ -40,7 +40,9 @@ __all__ = [
     "Digest",
     "Joined",
     "Pending",
+    "PendingScans",
     "Scan",
+    "Scans",
     "all_finite",
     "as_scans",
     "bytes_at",
@@ -121,6 +123,64 @@ class Scan(NamedTuple):
 _NOTHING = Scan(NO_DIGEST, 0)
 
 
+class Scans(Sequence[Scan]):
+    """Scans of many tensors as one array, `rows` (low, high, nonfinite) of uint64: of hundreds of tensors, to handle
+    each by itself takes longer than to read them.
+
+    >>> scans = Scans.of([Scan(Digest(1, 2), 0), Scan(Digest(3, 4), 5)])
+    >>> scans[1], scans.hexes()[0], scans == [*scans]
+    (Scan(digest=Digest(low=3, high=4), nonfinite=5), '00000000000000010000000000000002', True)
+    """
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: npt.NDArray[np.uint64]) -> None:
+        self.rows = rows
+
+    @classmethod
+    def of(cls, scans: Sequence[Scan]) -> Scans:
+        """These, or as many that are one already."""
+        if isinstance(scans, cls):
+            return scans
+        return cls(np.array([(*digest, nonfinite) for digest, nonfinite in scans], np.uint64).reshape(-1, 3))
+
+    @property
+    def digests(self) -> npt.NDArray[np.uint64]:
+        """Rows (low, high)."""
+        return self.rows[:, :2]
+
+    @property
+    def nonfinite(self) -> npt.NDArray[np.uint64]:
+        """One number for each."""
+        return self.rows[:, 2]
+
+    def hexes(self) -> list[str]:
+        """`Digest.hex` of each."""
+        text = self.digests.astype(">u8").tobytes().hex()
+        return [text[at : at + 32] for at in range(0, len(text), 32)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, which: int) -> Scan: ...
+    @overload
+    def __getitem__(self, which: slice) -> Scans: ...
+    def __getitem__(self, which: int | slice) -> Scan | Scans:
+        if isinstance(which, slice):
+            return Scans(self.rows[which])
+        low, high, nonfinite = self.rows[which].tolist()
+        return Scan(Digest(low, high), nonfinite)
+
+    def __iter__(self) -> Iterator[Scan]:
+        return (Scan(Digest(low, high), nonfinite) for low, high, nonfinite in self.rows.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return [*self] == [*other] if isinstance(other, Sequence) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 class Pending:
     """A scan on a GPU whose numbers have not been read yet. It adds up with others, and with scans that are known."""
 
@@ -139,12 +199,37 @@ class Pending:
     __radd__ = __add__
 
 
-def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
+class PendingScans(Sequence[Pending]):
+    """What one launch scans: a row of `sums` for each, int64, on the device."""
+
+    __slots__ = ("sums",)
+
+    def __init__(self, sums: torch.Tensor) -> None:
+        self.sums = sums
+
+    def __len__(self) -> int:
+        return len(self.sums)
+
+    @overload
+    def __getitem__(self, which: int) -> Pending: ...
+    @overload
+    def __getitem__(self, which: slice) -> PendingScans: ...
+    def __getitem__(self, which: int | slice) -> Pending | PendingScans:
+        if isinstance(which, slice):
+            return PendingScans(self.sums[which])
+        return Pending([(self.sums, range(len(self))[which])])
+
+
+def settle(scans: Sequence[Scan | Pending]) -> Scans:
     """The numbers of many scans; those still on a GPU are waited for. Call it on the stream that they were made on.
 
-    >>> settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])
+    >>> [*settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])]
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
+    if isinstance(scans, PendingScans):
+        return Scans(scans.sums.cpu().numpy().view(np.uint64))
+    if isinstance(scans, Scans):
+        return scans
     tables = {id(table): table for scan in scans if isinstance(scan, Pending) for table, _ in scan.rows}
     known: dict[int, list[Scan]] = {}
     # From each device all at once: to ask for a table takes longer than to read it.
@@ -161,7 +246,7 @@ def settle(scans: Sequence[Scan | Pending]) -> list[Scan]:
         found = [known[id(table)][row] for table, row in scan.rows]
         return found[0] if len(found) == 1 and scan.known is _NOTHING else sum(found, scan.known)
 
-    return [total(scan) for scan in scans]
+    return Scans.of([total(scan) for scan in scans])
 
 
 def scan(elements: torch.Tensor, start: int = 0) -> Scan:
@@ -226,25 +311,25 @@ def scan_any(elements: torch.Tensor, start: int = 0) -> Scan | Pending:
     return scan_runs_any(flat.view(torch.uint8), [(0, flat.numel(), start, flat.dtype)])[0]
 
 
-def scan_runs_any(data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]) -> list[Scan | Pending]:
+def scan_runs_any(
+    data: torch.Tensor, runs: Sequence[tuple[int, int, int, torch.dtype]]
+) -> Sequence[Scan] | Sequence[Pending]:
     """`scan_runs`, wherever the data is: where that is a GPU, queued on its current stream.
 
     >>> scan_runs_any(torch.ones(2).view(torch.uint8), [(0, 2, 0, torch.float32)]) == [scan(torch.ones(2))]
     True
     """
     if data.device.type != "cuda":
-        return [*scan_runs(data, runs)]
+        return scan_runs(data, runs)
     from weightwire.updates import digest_cuda  # needs Triton, which only torch for GPUs brings
 
     base = data.data_ptr()
-    return [
-        *digest_cuda.scan_again([(base + at, start, count, dtype) for at, count, start, dtype in runs], data.device)
-    ]
+    return digest_cuda.scan_again([(base + at, start, count, dtype) for at, count, start, dtype in runs], data.device)
 
 
 def scan_pieces_any(
     pieces: Sequence[tuple[torch.Tensor, int]], device: torch.device | None = None
-) -> list[Scan | Pending]:
+) -> Sequence[Scan] | Sequence[Pending]:
     """`scan_any` of each of many contiguous runs of elements, wherever they are on one device, with the index of their
     first one; by one call, or one launch on the current stream of `device`, which is theirs or another that can reach
     them.
@@ -254,10 +339,10 @@ def scan_pieces_any(
     """
     runs = [(run.data_ptr(), start, run.numel(), run.dtype) for run, start in pieces]
     if not pieces or pieces[0][0].device.type != "cuda":
-        return [*_scan_addresses([(address, count, start, dtype, 0) for address, start, count, dtype in runs])]
+        return _scan_addresses([(address, count, start, dtype, 0) for address, start, count, dtype in runs])
     from weightwire.updates import digest_cuda
 
-    return [*digest_cuda.scan_again(runs, device or pieces[0][0].device)]
+    return digest_cuda.scan_again(runs, device or pieces[0][0].device)
 
 
 class Joined:
@@ -325,14 +410,16 @@ class Joined:
         return Pending([(digest_cuda.sum_lines(self._table).sum(0, keepdim=True), 0)])
 
 
-def scan_tensors_any(tensors: Sequence[torch.Tensor], device: torch.device | None = None) -> list[Scan | Pending]:
+def scan_tensors_any(
+    tensors: Sequence[torch.Tensor], device: torch.device | None = None
+) -> Sequence[Scan] | Sequence[Pending]:
     """`scan_any` of each of many contiguous tensors; of those on a GPU by one launch on the current stream of `device`,
     which is theirs or another that can reach them.
 
     >>> scan_tensors_any([torch.ones(2), torch.ones(3)]) == [scan(torch.ones(2)), scan(torch.ones(3))]
     True
     """
-    on_gpu = all(tensor.device.type == "cuda" for tensor in tensors)
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
     return scan_pieces_any([(tensor if on_gpu else _run_of(tensor), 0) for tensor in tensors], device)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from weightwire.updates.boxes import Box, rows_of, strides_of
-from weightwire.updates.digest import Pending, word_facts
+from weightwire.updates.digest import PendingScans, word_facts
 from weightwire.updates.factors_cuda import factors, key_of, of_threads
 from weightwire.updates.tiles import COLUMNS, ROWS, Tiles, by_alignment, full_rows, sent_all, tiled
 
@@ -209,10 +209,9 @@ _FEW = 8
 """For fewer lines a launch of their own costs more than it saves."""
 
 
-def scan_lines(ready: Table) -> list[Pending]:
+def scan_lines(ready: Table) -> PendingScans:
     """A scan of each line of a table, on its device's current stream."""
-    sums = sum_lines(ready)
-    return [Pending([(sums, row)]) for row in range(ready.lines)]
+    return PendingScans(sum_lines(ready))
 
 
 def sum_lines(ready: Table) -> torch.Tensor:
@@ -231,7 +230,7 @@ def _launch(ready: Table, sums: torch.Tensor) -> None:
         )  # fmt: skip
 
 
-def scan_again(runs: Sequence[tuple[int, int, int, torch.dtype]], device: torch.device) -> list[Pending]:
+def scan_again(runs: Sequence[tuple[int, int, int, torch.dtype]], device: torch.device) -> PendingScans:
     """Scan runs of elements (`line_of`'s arguments) that were mostly scanned before: what an update scans is where it
     was at the last one, and tables of the last few hundred launches are kept."""
     # A table is sent on the stream that scans by it; another would not wait for that.

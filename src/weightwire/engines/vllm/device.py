@@ -25,7 +25,7 @@ from weightwire.engines.vllm.layout import refuse_infinite
 from weightwire.errors import UnsupportedError, VerificationError
 from weightwire.updates.boxes import Box, Rows, rows_of, strides_of
 from weightwire.updates.buckets import Bucket, Piece
-from weightwire.updates.digest import Scan, settle
+from weightwire.updates.digest import Scan, Scans, settle
 from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
@@ -288,7 +288,7 @@ class DeviceStaging:
             self._lent[tensor] = data.data_ptr()
 
     def seal(self, scans: Sequence[Scan]) -> None:
-        self._arrived = np.array([(*s.digest, s.nonfinite) for s in scans], np.uint64).reshape(-1, 3)
+        self._arrived = Scans.of(scans).rows
         # What arrived is checked as it arrives; what it became in the engine's dtype may not be finite.
         for name in self._cast.union(self.computed) & self._staged.keys() if self._manifest.finite else ():
             refuse_infinite(name, self._staged[name])
