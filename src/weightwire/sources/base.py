@@ -6,6 +6,7 @@ needs more memory than the bucket being filled.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -124,7 +125,12 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     >>> spec_of("w", torch.zeros(2, 3, dtype=torch.bfloat16))
     TensorSpec(name='w', dtype='bfloat16', shape=(2, 3))
     """
-    return TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+    return _spec(name, tensor.dtype, tensor.shape)
+
+
+@functools.lru_cache(maxsize=1 << 16)  # made anew for every update, hundreds take longer than all else before it
+def _spec(name: str, dtype: torch.dtype, shape: torch.Size) -> TensorSpec:
+    return TensorSpec(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
 
 
 def without_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

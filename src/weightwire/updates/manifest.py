@@ -36,12 +36,13 @@ MAX_BUCKET_BYTES = 1 << 30
 _MAX_ELEMENTS = 1 << 48
 _DELTA_DTYPES = ("bfloat16", "float16", "float32")
 _DELTA_LEAST = 4096
+_KEPT = 2  # an update's tensors are mostly those of the one before
 
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
 Dimension = Annotated[int, msgspec.Meta(ge=0, le=_MAX_ELEMENTS)]
 
 
-class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True, cache_hash=True):
     """One tensor of a checkpoint: its name there, its dtype's name, its full (unsharded) shape.
 
     >>> TensorSpec(name="norm.weight", dtype="bfloat16", shape=(128,)).nbytes
@@ -52,7 +53,7 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     dtype: str
     shape: Annotated[tuple[Dimension, ...], msgspec.Meta(max_length=8)]
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -60,11 +61,15 @@ class TensorSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     def itemsize(self) -> int:
         return DTYPES[self.dtype]
 
-    @property
+    @functools.cached_property
     def nbytes(self) -> int:
         return self.numel * self.itemsize
 
 
+_Tensors = Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
+
+
+@functools.cache
 def dtype_name(dtype: torch.dtype) -> str:
     """As a `TensorSpec` has it.
 
@@ -106,7 +111,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """
 
     version: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
-    tensors: Annotated[tuple[TensorSpec, ...], msgspec.Meta(min_length=1, max_length=MAX_TENSORS)]
+    tensors: _Tensors
     kind: Literal["dense", "delta", "adapter"] = "dense"
     adapter: Adapter | None = None
     base_version: Annotated[int, msgspec.Meta(ge=0)] | None = None
@@ -149,22 +154,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ManifestError(f"staging {self.staging!r} is for whole models")
         if self.adapter is not None and (self.partial or self.aliases):
             raise ManifestError("of an adapter all tensors are sent, and it has no aliases")
+        names = _check_tensors(self.tensors)
         self._check_delta()
-        names: set[str] = set()
-        for name in (*(spec.name for spec in self.tensors), *self.aliases, *self.aliases.values()):
-            if not name.isprintable():
-                raise ManifestError(f"{name!r} is not a printable name")
-        for spec in self.tensors:
-            if spec.dtype not in DTYPES:
-                raise ManifestError(
-                    f"{spec.name!r} has dtype {spec.dtype!r}", next_step=f"Send one of {', '.join(DTYPES)}."
-                )
-            if spec.numel > _MAX_ELEMENTS:
-                raise ManifestError(f"{spec.name!r} has {spec.numel} elements, more than {_MAX_ELEMENTS}")
-            if spec.name in names:
-                raise ManifestError(f"{spec.name!r} is listed twice", next_step="List every tensor once.")
-            names.add(spec.name)
         for alias, name in self.aliases.items():
+            _check_name(alias)
             if name not in names or alias in names:
                 raise ManifestError(
                     f"alias {alias!r} of {name!r}: the first must be no tensor of this update, the second must be one"
@@ -189,6 +182,43 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 raise ManifestError(f"{spec.name!r}: a delta of {nbytes} bytes for {spec.nbytes}")
 
 
+def _check_name(name: str) -> None:
+    if not name.isprintable():
+        raise ManifestError(f"{name!r} is not a printable name")
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _check_tensors(tensors: tuple[TensorSpec, ...]) -> frozenset[str]:
+    """Their names."""
+    names: set[str] = set()
+    for spec in tensors:
+        _check_name(spec.name)
+        if spec.dtype not in DTYPES:
+            raise ManifestError(
+                f"{spec.name!r} has dtype {spec.dtype!r}", next_step=f"Send one of {', '.join(DTYPES)}."
+            )
+        if spec.numel > _MAX_ELEMENTS:
+            raise ManifestError(f"{spec.name!r} has {spec.numel} elements, more than {_MAX_ELEMENTS}")
+        if spec.name in names:
+            raise ManifestError(f"{spec.name!r} is listed twice", next_step="List every tensor once.")
+        names.add(spec.name)
+    return frozenset(names)
+
+
+class _Undecoded(Manifest, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A manifest whose tensors are JSON still."""
+
+    tensors: msgspec.Raw  # type: ignore[assignment]
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _decode_tensors(data: bytes) -> tuple[TensorSpec, ...]:
+    try:
+        return msgspec.json.decode(data, type=_Tensors)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ManifestError(f"not a manifest: {error}".replace("`$", "`$.tensors")) from error
+
+
 def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:
     """A checked manifest from JSON or plain data; `ManifestError` says what is wrong and where.
 
@@ -198,6 +228,7 @@ def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:
     try:
         if isinstance(data, dict):
             return msgspec.convert(data, Manifest).check()
-        return msgspec.json.decode(data, type=Manifest).check()
+        facts = msgspec.structs.asdict(msgspec.json.decode(data, type=_Undecoded))
+        return Manifest(**facts | {"tensors": _decode_tensors(bytes(facts["tensors"]))}).check()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"not a manifest: {error}") from error

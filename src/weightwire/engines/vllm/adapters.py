@@ -302,18 +302,15 @@ class _Binding:
         what they all hold."""
         of_slot = self._slot(slot)
         proof: dict[str, Proof] = {name: "read back" if name in given else "staged" for name in of_slot.places}
-        pairs = [
-            pair for name, places in of_slot.places.items() if name in given
-            for pair in zip(places, given[name], strict=True)
-        ]  # fmt: skip
-        parts = [part for place, part in pairs if part is not None and _fits(place, part)]
-        whole = len(parts) == of_slot.matrices
+        parts = [part for name in of_slot.places for part in given.get(name, ()) if part is not None]
+        whole = of_slot.fits(parts)
         if whole and of_slot.joined.can_be_filled:
             same, scan = of_slot.joined.fill(parts)
         elif whole and parts[0].is_cuda and not of_slot.joined.of_copies:
             same, scan = of_slot.fill(parts)
         else:
-            _copy_into(pairs)
+            filled = [(places, given[name]) for name, places in of_slot.places.items() if name in given]
+            _copy_into([pair for places, own in filled for pair in zip(places, own, strict=True)])
             same, scan = self._read_back(of_slot, given)
         if not same:
             unlike = (name for name, parts in given.items() if not _holds(of_slot.places[name], parts))
@@ -564,10 +561,20 @@ class _Slot:
             for name, module in modules.items()
         }
         self._addresses = _addresses(modules)
-        every = [place for places in self.places.values() for place in places]
+        self._every = every = [place for places in self.places.values() for place in places]
         self.matrices, self.numel, self.joined = len(every), _numel(every), Joined(every)
+        self._fitting: list[int] = []
         self._expected: tuple[list[int], Joined] | None = None
         self._filling: tuple[list[int], BatchedCopy] | None = None
+
+    def fits(self, parts: Sequence[torch.Tensor]) -> bool:
+        """Whether these are one for each matrix, of its shape. They mostly are where those before were, which did."""
+        if len(parts) != self.matrices:
+            return False
+        addresses = [part.data_ptr() for part in parts]
+        if addresses != self._fitting:
+            self._fitting = addresses if all(map(_fits, self._every, parts)) else []
+        return addresses == self._fitting
 
     def is_as(self, expected: Sequence[torch.Tensor]) -> tuple[bool, Scan]:
         """Whether all of it, on a GPU, is as these together, and a scan of it. They mostly are where those before
@@ -588,9 +595,8 @@ class _Slot:
 
         addresses = [part.data_ptr() for part in parts]
         if self._filling is None or self._filling[0] != addresses:
-            places = [place.data_ptr() for places in self.places.values() for place in places]
-            pairs = zip(addresses, places, parts, strict=True)
-            moves = [Move(address, place, 1, part.nbytes, 0, 0) for address, place, part in pairs]
+            pairs = zip(addresses, self._every, parts, strict=True)
+            moves = [Move(address, place.data_ptr(), 1, part.nbytes, 0, 0) for address, place, part in pairs]
             self._filling = (addresses, BatchedCopy(moves, parts[0].device))
         self._filling[1].run()
         return self.is_as(parts)
