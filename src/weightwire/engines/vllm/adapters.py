@@ -476,6 +476,7 @@ class _Staged(StagedAdapter):
         # It is in its slot. Its way to the host may take longer than all before, and nobody need wait for that.
         memory, helper, spare = self._early.result(), self._binding.helper, self._store.spare
         on_host, loras, self._on_host = self._on_host, self._loras, _OnHost([])
+        on_host.start()
         template, beside = self._binding.template, self._store.beside
 
         def move() -> tuple[dict[str, torch.Tensor], Any]:
@@ -498,7 +499,6 @@ class _Staged(StagedAdapter):
 
     def discard(self) -> None:
         super().discard()
-        self._on_host.wait()  # unless it was committed: then others do
         self._on_host, self._loras = _OnHost([]), {}
         self._lent.clear()
         self._built = None
@@ -510,7 +510,7 @@ class _Staged(StagedAdapter):
 
 
 class _OnHost:
-    """Copies of tensors in pinned host memory, on their way as long as nobody waits for them; of tensors that are there
+    """Copies of tensors in pinned host memory, on their way from `start` until `wait` returns; of tensors that are there
     themselves, none. `flat`: each one whole piece of memory, of which others are parts."""
 
     def __init__(self, flat: Sequence[torch.Tensor]) -> None:
@@ -519,12 +519,22 @@ class _OnHost:
         self._here: torch.cuda.Event | None = None
         if not flat or flat[0].device.type == "cpu":
             return
-        stream = torch.cuda.current_stream(flat[0].device)
-        self._there = stream.record_event()
+        self._there = torch.cuda.current_stream(flat[0].device).record_event()
         for each in flat:
             if each.untyped_storage().data_ptr() not in self._copies:
-                copy = torch.empty_like(each, device="cpu", pin_memory=True).copy_(each, non_blocking=True)
+                copy = torch.empty_like(each, device="cpu", pin_memory=True)
                 self._copies[each.untyped_storage().data_ptr()] = (each, copy)
+
+    def start(self) -> None:
+        """Not before the engine has read back what it holds: these few numbers would wait for all of the copies."""
+        if self._there is None:
+            return
+        device = next(iter(self._copies.values()))[0].device
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # so that the next update waits for nothing
+        stream.wait_event(self._there)
+        with torch.cuda.stream(stream):
+            for each, copy in self._copies.values():
+                copy.copy_(each, non_blocking=True)
         self._here = stream.record_event()
 
     def wait_for_device(self) -> None:
