@@ -510,8 +510,8 @@ class _Staged(StagedAdapter):
 
 
 class _OnHost:
-    """Copies of tensors in pinned host memory, on their way from `start` until `wait` returns; of tensors that are there
-    themselves, none. `flat`: each one whole piece of memory, of which others are parts."""
+    """Copies of tensors in pinned host memory, on their way from `start` until `wait` returns; of tensors that are in
+    host memory themselves, none. `flat`: each one whole piece of memory, of which others are parts."""
 
     def __init__(self, flat: Sequence[torch.Tensor]) -> None:
         self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
