@@ -14,7 +14,7 @@ from weightwire.chain import Chain
 from weightwire.errors import NonFinite, VerificationError
 from weightwire.updates.boxes import Part
 from weightwire.updates.delta import DELTA_DTYPES, Delta, decode, encode, estimate
-from weightwire.updates.digest import Digest, Pending, Scan, settle
+from weightwire.updates.digest import Digest, Pending, Scan, Scans, settle
 from weightwire.updates.manifest import TensorSpec, dtype_name
 
 __all__ = ["Baseline", "Look", "Read"]
@@ -134,16 +134,16 @@ class Baseline:
     def write(self, tensor: int, start: int, data: torch.Tensor) -> None:
         self._tensors[tensor][start : start + data.numel()].copy_(data.reshape(-1))
 
-    def take(self, read: Read) -> Sequence[Scan]:
+    def take(self, read: Read) -> Scans:
         """Write all that `read` gives; its scans."""
         scans: list[Scan] = []
         for number, tensor in enumerate(self._tensors):
             data = torch.empty(tensor.numel(), dtype=tensor.dtype)
             scans += settle([read(number, 0, data)])
             self.write(number, 0, data)
-        return scans
+        return Scans.of(scans)
 
-    def take_own(self, read: Read) -> Sequence[Scan]:
+    def take_own(self, read: Read) -> Scans:
         """`take` of what is published now."""
         return self.take(read)
 

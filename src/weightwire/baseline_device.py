@@ -169,7 +169,7 @@ class DeviceBaseline(Baseline):
         super().write(tensor, start, data)
         self._written = True
 
-    def take_own(self, read: Read) -> Sequence[Scan]:
+    def take_own(self, read: Read) -> Scans:
         self._copy()
         self._written = True
         return self._scan()

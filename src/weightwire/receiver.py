@@ -140,7 +140,7 @@ class _Update:
     arrivals: Arrivals
     ahead: Future[_Opened] | None
     scans: list[Scan | Pending]
-    known: Sequence[Scan] = ()
+    known: Scans
     received: set[int] = field(default_factory=set)
     overwrites: bool = False
     began: float = field(default_factory=time.perf_counter)
@@ -301,7 +301,7 @@ class Receiver:
                 arrivals=arrivals,
                 ahead=ahead,
                 scans=[*nothing],
-                known=() if buckets else nothing,
+                known=Scans.of([] if buckets else nothing),
                 seconds={"begin": time.perf_counter() - started, "stage": 0.0, "seal": 0.0},
                 followed=self._followed,
             )
@@ -482,8 +482,7 @@ class Receiver:
             self._remember(id, "it was committed")
             self._proofs = (id, self._submit(lambda: self._prove(update)))
             staged, names = update.staging, [spec.name for spec in update.manifest.tensors]
-            known = staged.after if isinstance(staged, Encoded) else None
-            digests = Scans.of(update.known).hexes() if known is None else [each.hex() for each in known]
+            encoded = [digest.hex() for digest in staged.after] if isinstance(staged, Encoded) else None
             return {
                 "adapters": self._listed(**client) if client is not None else None,
                 "proof": self._proofs[1].result(_PROOF_SECONDS) if update.adapter else None,
@@ -494,7 +493,7 @@ class Receiver:
                 "tensors": len(update.manifest.tensors),
                 "nbytes": update.manifest.nbytes,
                 "seconds": {**update.seconds, "commit": time.perf_counter() - started},
-                "digests": dict(zip(names, digests, strict=True)),
+                "digests": dict(zip(names, encoded or update.known.hexes(), strict=True)),
                 "adapter": update.revision and update.revision.label,
             }
 
@@ -739,7 +738,7 @@ class Receiver:
 
     def _arrived(self, update: _Update, buckets: Iterable[int], scans: Sequence[Scan | Pending]) -> None:
         complete = len(update.received.union(buckets)) == len(update.buckets)
-        known = settle(scans) if complete else ()
+        known = settle(scans if complete else [])
         with self._lock:
             update.received.update(buckets)
             update.expires = self._clock() + update.lease
@@ -914,7 +913,7 @@ def _not_arrived(update: _Update) -> StateError:
 
 
 def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) -> None:
-    specs, found = update.manifest.tensors, Scans.of(update.known).hexes()
+    specs, found = update.manifest.tensors, update.known.hexes()
     # Of hundreds, almost always all are equal.
     if found != [*digests]:
         wrong = [spec.name for spec, here, sent in zip(specs, found, digests, strict=True) if here != sent]
@@ -925,7 +924,7 @@ def _refuse_other_digests(update: _Update, digests: Sequence[str], rank: int) ->
 
 
 def _refuse_nonfinite(update: _Update) -> None:
-    counts, specs = Scans.of(update.known).nonfinite, update.manifest.tensors
+    counts, specs = update.known.nonfinite, update.manifest.tensors
     bad = [f"{specs[n].name} ({counts[n]} of {specs[n].numel})" for n in np.flatnonzero(counts).tolist()]
     if bad:
         raise NonFinite(

@@ -161,8 +161,7 @@ class Run:
         if baseline is not None and not self.of_deltas:
             together.everywhere(lambda: baseline.start(reading.specs, reading.mine))
         marks.append(time.perf_counter())
-        scans = self._stage(manifest, self._route.deltas)
-        own: Sequence[Scan] = scans
+        scans = own = self._stage(manifest, self._route.deltas)
         if not cut(manifest):
             # Where nothing is sent, to seal could be quicker than to stage.
             together.on_leader(self._end_stages)
@@ -461,16 +460,17 @@ class Run:
         if self._ranks is None and not self._senders:
             # Nothing travels: the weights are scanned where they are, while engines do the same.
             whole = self._ahead or self._reading.whole
-            ahead = self._ahead_scans or scan_tensors_any(whole)
+            scanning = self._ahead_scans or scan_tensors_any(whole)
             if self._baseline is not None:
                 for number, tensor in enumerate(whole):
                     self._baseline.write(number, 0, tensor)
-            return settle(ahead)
+            return settle(scanning)
         scans: list[Scan | Pending] = [Scan(NO_DIGEST, 0)] * len(manifest.tensors)
+        ahead: Sequence[Scan | Pending] = self._ahead_scans
         if deltas:  # which only rank 0 has
             assert self._baseline is not None
             self._baseline.wait()
-            scans = [*scans_of(deltas)]
+            ahead = scans_of(deltas)
         if deltas is None and getattr(self._source, "gathers", False):
             return self._gather(manifest)
         for bucket in cut(manifest):
@@ -484,7 +484,7 @@ class Run:
             elif data is not None:
                 fill_bucket(bucket, data, [delta.data for delta in deltas])
             self._together.on_leader(lambda bucket=bucket, data=data: self._send(bucket, data))  # type: ignore[misc]
-        known = settle(scans if deltas else self._ahead_scans or scans)
+        known = settle(ahead or scans)
         return known if self._ranks is None else self._ranks.total(known)
 
     def _gather(self, manifest: Manifest) -> Scans:

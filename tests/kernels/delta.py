@@ -13,7 +13,7 @@ from weightwire.errors import UsageError, VerificationError
 from weightwire.updates import delta as delta_module
 from weightwire.updates import delta_cuda, rice_cuda
 from weightwire.updates.delta import DELTA_DTYPES, HEAD_BYTES, SEAL_BYTES, compose, decode, encode, parse
-from weightwire.updates.delta_cuda import decode_all, encode_all
+from weightwire.updates.delta_cuda import compare_all, decode_all, encode_compared, pair_up
 from weightwire.updates.digest import scan, scan_tensors_any, settle
 from weightwire.updates.tiles import ends_of
 
@@ -32,6 +32,13 @@ def few_changes_a_block(few_rows):
             patch.setattr(rice_cuda, "SEGMENT", 2048)
             patch.setattr(rice_cuda, "WORDS", 1024)
         yield
+
+
+def encode_all(names, bases, news, starts=None):
+    """Of each its delta, and how many NaN and Inf are in what it became."""
+    made = encode_compared(compare_all(pair_up(names, bases, news, starts=starts)))
+    made.wait()
+    return [*zip(made.deltas, made.nonfinite, strict=True)]
 
 
 def bits_of(tensor):

@@ -82,6 +82,17 @@ def test_what_wraps_a_module_does_not_change_its_names(lab):
     lab(wrapped, 1)
 
 
+def test_what_is_said_of_a_tensor_is_what_it_is_now():
+    module = torch.nn.Linear(3, 2, bias=False)
+    source = ModuleSource(module)
+    first = [*source.metadata()]
+    assert source.metadata()[0] is first[0]  # not made again
+    source.release()
+    module.weight.data = torch.zeros(4, 5, dtype=torch.float16)
+    (spec,) = source.metadata()
+    assert (spec.name, spec.dtype, spec.shape, spec.nbytes) == ("weight", "float16", (4, 5), 40)
+
+
 @pytest.mark.parametrize("tensors", [{"w": torch.zeros(2), "v": 3}, {1: torch.zeros(2)}, {"w": None}])
 def test_only_names_and_tensors(tensors):
     with pytest.raises(SourceError, match="expected names and tensors"):

@@ -6,7 +6,6 @@ needs more memory than the bucket being filled.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -86,6 +85,7 @@ class LocalSource:
     aliases: Mapping[str, str] = {}
     lora: Mapping[str, Any] | None = None
     _tensors: Sequence[torch.Tensor] = ()
+    _known: Mapping[tuple[str, torch.dtype, torch.Size], TensorSpec] = {}
 
     def named(self) -> Mapping[str, torch.Tensor]:
         """The tensors, each under one name."""
@@ -95,7 +95,10 @@ class LocalSource:
         named = self.named()
         self._tensors = list(named.values())
         self._flat: dict[int, torch.Tensor] = {}
-        return [spec_of(name, tensor) for name, tensor in named.items()]
+        # Mostly they are as they were: to make hundreds of specs, and all that follows from them, anew takes longer.
+        facts = {(name, tensor.dtype, tensor.shape): (name, tensor) for name, tensor in named.items()}
+        self._known = {fact: self._known.get(fact) or spec_of(*what) for fact, what in facts.items()}
+        return [*self._known.values()]
 
     def read(self, tensor: int, start: int, out: torch.Tensor) -> Scan | Pending:
         if tensor not in self._flat:
@@ -125,12 +128,7 @@ def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
     >>> spec_of("w", torch.zeros(2, 3, dtype=torch.bfloat16))
     TensorSpec(name='w', dtype='bfloat16', shape=(2, 3))
     """
-    return _spec(name, tensor.dtype, tensor.shape)
-
-
-@functools.lru_cache(maxsize=1 << 16)  # made anew for every update, hundreds take longer than all else before it
-def _spec(name: str, dtype: torch.dtype, shape: torch.Size) -> TensorSpec:
-    return TensorSpec(name=name, dtype=dtype_name(dtype), shape=tuple(shape))
+    return TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
 
 
 def without_aliases(tensors: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

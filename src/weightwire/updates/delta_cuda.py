@@ -47,7 +47,6 @@ __all__ = [
     "compare_all",
     "decode_all",
     "density",
-    "encode_all",
     "encode_compared",
     "pair_up",
     "parse_all",
@@ -83,7 +82,7 @@ class Deltas(NamedTuple):
 
 
 def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, sample: int) -> float:
-    """About which share of the elements differs: of each pair `sample` are looked at. As for `encode_all`."""
+    """About which share of the elements differs: of each pair `sample` are looked at. As for `pair_up`."""
     changed = total = 0.0
     for width in (2, 4):
         pairs = [(b, n) for b, n in zip(bases, news, strict=True) if b.element_size() == width]
@@ -136,21 +135,6 @@ class Made:
             event.synchronize()
 
 
-def encode_all(
-    names: Sequence[str],
-    bases: Sequence[torch.Tensor],
-    news: Sequence[torch.Tensor],
-    *,
-    starts: Sequence[int] | None = None,
-) -> list[tuple[Delta, int]]:
-    """The delta from each base to what it became, like `delta.encode`, and how many NaN and Inf are in the latter. All
-    are contiguous and on one device; the deltas' bytes are on the CPU. Both digests are computed. Raises `UsageError`.
-    """
-    made = encode_compared(compare_all(pair_up(names, bases, news, starts=starts)))
-    made.wait()
-    return [*zip(made.deltas, made.nonfinite, strict=True)]
-
-
 def pair_up(
     names: Sequence[str],
     bases: Sequence[torch.Tensor],
@@ -158,7 +142,8 @@ def pair_up(
     *,
     starts: Sequence[int] | None = None,
 ) -> Pairs:
-    """The first step of `encode_all`, which reads none of their elements."""
+    """The first of the three steps of `delta.encode` of many at once, which reads none of their elements. All are
+    contiguous and on one device. `starts`: the index of the first element of each. Raises `UsageError`."""
     for name, base, new in zip(names, bases, news, strict=True):
         alike = base.dtype == new.dtype and base.shape == new.shape and base.device == new.device
         if not alike or base.dtype not in DELTA_DTYPES or not base.is_contiguous() or not new.is_contiguous():
@@ -177,12 +162,14 @@ def pair_up(
 
 
 def compare_all(pairs: Pairs) -> Compared:
-    """The second step; the tensors must stay as they are until the third is over."""
+    """The second step: which elements differ, and the digests before and after. The tensors must stay as they are until
+    the third is over."""
     return Compared(seen=[_detect(group) for group in pairs.groups])
 
 
 def encode_compared(compared: Compared) -> Made:
-    """The third step. What it takes on the device is that of the changes that are taken together, once."""
+    """The third step: the deltas, with their bytes on the CPU. What it takes on the device is that of the changes that
+    are taken together, once."""
     made: dict[int, tuple[Delta, int]] = {}
     arriving: list[torch.cuda.Event] = []
     for seen in compared.seen:

@@ -175,6 +175,9 @@ class Scans(Sequence[Scan]):
     def __iter__(self) -> Iterator[Scan]:
         return (Scan(Digest(low, high), nonfinite) for low, high, nonfinite in self.rows.tolist())
 
+    def __repr__(self) -> str:
+        return repr([*self])
+
     def __eq__(self, other: object) -> bool:
         return [*self] == [*other] if isinstance(other, Sequence) else NotImplemented
 
@@ -223,7 +226,7 @@ class PendingScans(Sequence[Pending]):
 def settle(scans: Sequence[Scan | Pending]) -> Scans:
     """The numbers of many scans; those still on a GPU are waited for. Call it on the stream that they were made on.
 
-    >>> [*settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])]
+    >>> settle([Scan(Digest(1, 2), 0), Pending([(torch.tensor([[1, -1, 0]]), 0)]) + Scan(Digest(1, 2), 3)])
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
     if isinstance(scans, PendingScans):

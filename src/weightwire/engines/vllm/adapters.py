@@ -530,7 +530,7 @@ class _OnHost:
         if self._there is None:
             return
         device = next(iter(self._copies.values()))[0].device
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # so that the next update waits for nothing
+        stream = _beside(device)  # so that the next update waits for nothing
         stream.wait_event(self._there)
         with torch.cuda.stream(stream):
             for each, copy in self._copies.values():
@@ -538,7 +538,7 @@ class _OnHost:
         self._here = stream.record_event()
 
     def wait_for_device(self) -> None:
-        """Have the current stream wait for what was done to the tensors before they were copied."""
+        """Have the current stream wait for what is done to the tensors before they are copied."""
         if self._there is not None:
             torch.cuda.current_stream().wait_event(self._there)
 
@@ -562,6 +562,12 @@ class _OnHost:
         return None if matrices is None else self.of(matrices)
 
 
+@functools.cache
+def _beside(device: torch.device) -> torch.cuda.Stream:
+    """One for all adapters: of those that torch hands out, it is in turn one that others have."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 class _Slot:
     """Where live modules hold the revision of one slot, by their names: every A, then every B."""
 
@@ -578,7 +584,8 @@ class _Slot:
         self._filling: tuple[list[int], BatchedCopy] | None = None
 
     def fits(self, parts: Sequence[torch.Tensor]) -> bool:
-        """Whether these are one for each matrix, of its shape. They mostly are where those before were, which did."""
+        """Whether these are one for each matrix, of its shape. They mostly are where those before were, which did: of
+        adapters that are alike, vLLM makes what lies at an address in the same way each time."""
         if len(parts) != self.matrices:
             return False
         addresses = [part.data_ptr() for part in parts]
