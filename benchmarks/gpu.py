@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ SERVE = ["--max-model-len", "1024", "--gpu-memory-utilization", "0.4"]
 IDLE = ["--enforce-eager", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2"]
 # Graphs without torch.compile, which takes minutes the first time.
 LOADED = ["--max-num-seqs", "64", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
-REQUESTS, EVERY, SECONDS = 48, 2.0, 10.0
+REQUESTS, EVERY, TURN = 48, 2.0, 4.0
 
 
 def weights(device: torch.device) -> dict[str, torch.Tensor]:
@@ -235,28 +235,30 @@ def kernels() -> dict[str, float]:
     }
 
 
-def load(updates: int) -> dict[str, Any]:
-    """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns."""
+def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
+    """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns so short that
+    neighbours are alike; which share was kept, and its standard error. Requests are of `lengths` from, to."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
-    with serving(str(torch.cuda.device_count() - 1), LOADED) as socket:
+    with serving(str(torch.cuda.device_count() - 1), [*LOADED, "--max-model-len", str(lengths[1] + 24)]) as socket:
         client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
         over = threading.Event()
 
         def generate(number: int) -> None:
-            lengths = random.Random(number)  # of all alike, all would be long at the same time
+            some = random.Random(number)  # of all alike, all would be long at the same time
             body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0}
-            while not over.is_set():
-                said = client.post("/v1/completions", json={**body, "max_tokens": lengths.randint(200, 1000)})
-                said.raise_for_status()
+            with contextlib.suppress(httpx.TransportError):  # the last are cut off
+                while not over.is_set():
+                    said = client.post("/v1/completions", json={**body, "max_tokens": some.randint(*lengths)})
+                    said.raise_for_status()
 
         def tokens() -> float:
             lines = client.get("/metrics").text.splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
         requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS)]
-        found: dict[str, Any] = {"none": [], "False": [], "running": []}
+        found: dict[str, Any] = {"lengths": [*lengths], "running": [], "False": []}
         version = 0
         with ww.connect(f"unix:{socket}") as engines:
             with ww.Publisher(source, engines, transport="nccl", lease=20, deadline=60) as publisher:
@@ -265,11 +267,13 @@ def load(updates: int) -> dict[str, Any]:
                 for request in requests:
                     request.start()
                 time.sleep(10)
-                for keep_cache in [None, "running", None, "running", None, False] * max(updates // 6, 2):
+                pairs = round(updates * EVERY / TURN)
+                without = 0.0
+                for keep_cache in [None, "running"] * pairs + [None, False] * max(pairs // 6, 2):
                     started, before = time.perf_counter(), tokens()
                     if keep_cache is None:
-                        time.sleep(SECONDS)
-                    while keep_cache is not None and (since := time.perf_counter() - started) < SECONDS:
+                        time.sleep(TURN)
+                    while keep_cache is not None and (since := time.perf_counter() - started) < TURN:
                         version += 1
                         source["model.norm.weight"].add_(0.001)
                         receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
@@ -277,11 +281,17 @@ def load(updates: int) -> dict[str, Any]:
                         print(json.dumps(receipt), flush=True)
                         time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
                     rate = (tokens() - before) / (time.perf_counter() - started)
-                    found["none" if keep_cache is None else str(keep_cache)].append(rate)
-                    print(json.dumps({"keep_cache": keep_cache, "tokens/s": rate}), flush=True)
+                    if keep_cache is None:
+                        without = rate
+                    else:
+                        found[str(keep_cache)].append((without, rate))
                 over.set()
-        for request in requests:
-            request.join(30)
+    for request in requests:
+        request.join(30)
+    for name in ("running", "False"):
+        kept = [rate / without for without, rate in found[name]]
+        found[f"kept {name}"] = statistics.mean(kept)
+        found[f"error {name}"] = statistics.stdev(kept) / len(kept) ** 0.5
     return found
 
 
@@ -297,6 +307,7 @@ def main() -> None:
     ways = ["same", "pair", "pulled", "nccl", "adapter", "direct", "delta"]
     parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
     parser.add_argument("--updates", type=int, default=12)
+    parser.add_argument("--lengths", type=int, nargs=2, default=[200, 1000], help="tokens of a request, of `load`")
     parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
@@ -329,7 +340,7 @@ def main() -> None:
                 except ww.WeightwireError as error:
                     print(f"{way}: {error!r}", file=sys.stderr, flush=True)
     if "load" in args.ways:
-        keep("load", load(args.updates))
+        keep("load", load(args.updates, args.lengths))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ _AHEAD = 3  # buckets that the trainer has memory for: one is being sent, one wa
 _QUEUED = 8  # buckets at most that wait to be sent: a GPU takes a thousand launches, and then its caller has to wait
 _LAG_SECONDS = 1.0  # by which the trainer may see the end of a broadcast after the engine has committed it
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
+_GLANCE_SECONDS = 0.0003  # the same while the next one is under way: each look takes from the engine's own thread
 
 
 class _Group(NamedTuple):
@@ -199,7 +200,7 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor 
             receive(bucket)
         for bucket in arrivals.buckets:
             work, landed = coming.popleft()
-            _wait(work, arrivals)
+            _wait(work, arrivals, _GLANCE_SECONDS if coming else _LOOK_SECONDS)
             yield bucket.index, landed.data
             for following in itertools.islice(buckets, 1):
                 receive(following)
@@ -223,7 +224,7 @@ def _leave() -> None:
         _joined.pop().abort()
 
 
-def _wait(work: Any, arrivals: Arrivals) -> None:
-    wait_until(work.is_completed, arrivals, _LOOK_SECONDS)
+def _wait(work: Any, arrivals: Arrivals, pause: float) -> None:
+    wait_until(work.is_completed, arrivals, pause)
     with as_transport_error("nccl", "receiving"):
         work.wait()  # the current stream, not this thread

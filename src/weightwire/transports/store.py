@@ -125,7 +125,9 @@ def wait_until(ready: Callable[[], bool], arrivals: Arrivals, pause: float = 0.0
     """Wait for the trainer, with an ear for an abort."""
     silent_since = time.monotonic()
     while not ready():
-        if arrivals.cancelled.wait(pause):
+        # Not in the event's own wait: that has the interpreter several times over, of which an engine has need.
+        time.sleep(pause)
+        if arrivals.cancelled.is_set():
             raise TransportError("the update was aborted while its buckets were being fetched")
         if time.monotonic() - silent_since > arrivals.lease:
             raise TransportError(f"the trainer sent nothing for {arrivals.lease:g} s")

@@ -34,7 +34,7 @@ from weightwire.updates.delta import (
     widths_of,
 )
 from weightwire.updates.digest import Digest, Scan, Scans, scan_rows, word_facts
-from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
+from weightwire.updates.tiles import Parts, brought, ends_of, parts_of, sent
 
 __all__ = [
     "CHANGES",
@@ -94,7 +94,7 @@ def density(bases: Sequence[torch.Tensor], news: Sequence[torch.Tensor], *, samp
         with torch.cuda.device(device if device.type == "cuda" else -1):
             rice_cuda.sample[(len(lines),)](sent(lines, device), counts, sample, WIDTH=8 * width, CHUNK=1024)
         numels = lines[:, 2]
-        changed += float((counts.cpu().numpy() * (numels / np.clip(numels, 1, sample))).sum())
+        changed += float((brought(counts) * (numels / np.clip(numels, 1, sample))).sum())
         total += float(numels.sum())
     return changed / total if total else 0.0
 
@@ -276,7 +276,7 @@ def _detect(group: _Group) -> _Seen:
                 group.lines, group.segments, each, sums, bits, HALVES=32 // group.width, SEGMENT=rice_cuda.SEGMENT,
                 WORDS=rice_cuda.WORDS, THREADS=32 * _WARPS, FIELDS=group.lines.shape[1], num_warps=_WARPS,
             )  # fmt: skip
-    found = sums.cpu().numpy()
+    found = brought(sums)
     return _Seen(group=group, sums=found[:, :4], nonfinite=found[:, 4], counts=found[:, 5], each=each, bits=bits)
 
 
@@ -324,7 +324,7 @@ def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta
         # Where a number of a table is too large for 16 bits, its tensor's table is wider.
         large = torch.maximum(begins.diff(), words) > 0xFFFF
         known = torch.cat([parts.totals([words, large.to(torch.int64)]), unit_bits[None]])
-        sizes, larges, chosen = known.cpu().numpy()
+        sizes, larges, chosen = brought(known)
         entries = np.where(larges > 0, 8, 4)
         texts = HEAD_BYTES + each * entries
         nbytes = texts + 4 * sizes + SEAL_BYTES
@@ -384,11 +384,11 @@ def parse_all(names: Sequence[str], memory: torch.Tensor, begins: Array, sizes: 
         if len(begins):
             runs = sent(np.stack([addresses, sizes], axis=1), device)
             rice_cuda.read_ends[(len(begins),)](runs, table, HEAD=HEAD_BYTES, SEAL=SEAL_BYTES)
-    ends = table.cpu()
-    seals = ends[:, HEAD_BYTES:].contiguous()
+    ends = brought(table)
+    seals = torch.from_numpy(ends[:, HEAD_BYTES:].copy())
     of_seals = scan_rows(seals, np.maximum(sizes - SEAL_BYTES, 0))
     intact = (Scans.of(scans).digests - of_seals == seals.numpy().view(np.uint64)).all(axis=1)
-    return Deltas(heads_of(names, ends[:, :HEAD_BYTES].numpy(), sizes, intact), memory, begins)
+    return Deltas(heads_of(names, ends[:, :HEAD_BYTES], sizes, intact), memory, begins)
 
 
 def together(deltas: Sequence[Delta], device: torch.device) -> Deltas:
@@ -440,7 +440,7 @@ def decode_all(names: Sequence[str], deltas: Deltas) -> Changes:
                 keys, steps, wrong, total, FIELDS=lines.shape[1], LANES=rice_cuda.LANES,
                 TILE=rice_cuda.TILE, num_warps=1,
             )  # fmt: skip
-    if wrong.any():
+    if brought(wrong.any()):
         block = int(wrong.argmax())
         n = int(parts.of[block])
         raise harmed(names[n], f"its block {block - parts.ends[n]} of {parts.each[n]} cannot be decoded")
@@ -459,7 +459,7 @@ def _check_tables(
     shift, numel = lines[:, [3, 6]].T[:, parts.of]
     first = parts.number << shift
     length = torch.minimum(torch.ones_like(first) << shift, numel - first)
-    found, filled, long = parts.totals([counts, words, (counts > length).to(torch.int64)]).cpu().numpy()
+    found, filled, long = brought(parts.totals([counts, words, (counts > length).to(torch.int64)]))
     if (wrong := np.flatnonzero((found != changes) | (long > 0))).size:
         raise harmed(names[wrong[0]], f"its blocks do not hold {changes[wrong[0]]} changes")
     # A change takes three bits at least: what is allocated for it has come in.

@@ -34,6 +34,7 @@ import numpy.typing as npt
 import torch
 
 from weightwire.updates.boxes import Box, strides_of
+from weightwire.updates.tiles import brought
 
 __all__ = [
     "NO_DIGEST",
@@ -230,7 +231,7 @@ def settle(scans: Sequence[Scan | Pending]) -> Scans:
     [Scan(digest=Digest(low=1, high=2), nonfinite=0), Scan(digest=Digest(low=2, high=1), nonfinite=3)]
     """
     if isinstance(scans, PendingScans):
-        return Scans(scans.sums.cpu().numpy().view(np.uint64))
+        return Scans(brought(scans.sums).view(np.uint64))
     if isinstance(scans, Scans):
         return scans
     tables = {id(table): table for scan in scans if isinstance(scan, Pending) for table, _ in scan.rows}
@@ -238,7 +239,7 @@ def settle(scans: Sequence[Scan | Pending]) -> Scans:
     # From each device all at once: to ask for a table takes longer than to read it.
     for device in {table.device for table in tables.values()}:
         there = {number: table for number, table in tables.items() if table.device == device}
-        rows = iter(torch.cat([*there.values()]).cpu().numpy().view(np.uint64).tolist())
+        rows = iter(brought(torch.cat([*there.values()])).view(np.uint64).tolist())
         for number, table in there.items():
             of_table = itertools.islice(rows, len(table))
             known[number] = [Scan(Digest(low, high), nonfinite) for low, high, nonfinite in of_table]

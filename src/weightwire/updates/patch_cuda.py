@@ -19,7 +19,7 @@ from weightwire.updates.delta_cuda import Changes
 from weightwire.updates.digest import word_facts
 from weightwire.updates.factors_cuda import factors, key_of
 from weightwire.updates.rice_cuda import moved
-from weightwire.updates.tiles import Parts, ends_of, parts_of, sent
+from weightwire.updates.tiles import Parts, brought, ends_of, parts_of, sent
 
 __all__ = ["Patches", "Site", "Sites"]
 
@@ -68,7 +68,7 @@ class Patches:
         self._launches: list[tuple[int, torch.Tensor, Parts, torch.Tensor]] = []
         firsts = np.array(changes.origins, np.int64)[sites.deltas] + sites.firsts
         bounds = sent(np.stack([firsts, firsts + sites.extents]), self._device)
-        begins, ends = torch.searchsorted(self._keys, bounds).cpu().numpy()
+        begins, ends = brought(torch.searchsorted(self._keys, bounds))
         for width in np.unique(sites.widths).tolist():
             mine = (sites.widths == width) & (begins < ends)
             if mine.any():

@@ -18,6 +18,7 @@ __all__ = [
     "ROWS",
     "Parts",
     "Tiles",
+    "brought",
     "by_alignment",
     "ends_of",
     "full_rows",
@@ -68,6 +69,21 @@ def sent_all(tables: Sequence[Any], device: torch.device) -> list[torch.Tensor]:
         memory[begin : begin + table.nbytes].view(torch.from_numpy(table).dtype).view(table.shape)
         for table, begin in zip(tables, begins, strict=False)
     ]
+
+
+def brought(table: torch.Tensor) -> npt.NDArray[Any]:
+    """`sent`, the other way: a copy of a table on the host, once the current stream of its device has come so far. A
+    copy to pageable memory keeps every other thread of the process from the GPU until then, an engine's too.
+
+    >>> brought(torch.arange(3))
+    array([0, 1, 2])
+    """
+    if table.device.type != "cuda":
+        return table.numpy().copy()
+    here = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    here.copy_(table, non_blocking=True)
+    torch.cuda.current_stream(table.device).synchronize()
+    return here.numpy().copy()
 
 
 class Parts(NamedTuple):

@@ -29,7 +29,7 @@ from weightwire.updates.digest import Scan, Scans, settle
 from weightwire.updates.digest_cuda import Line, Table, line_of, lines_of, scan_lines, sum_lines, table
 from weightwire.updates.manifest import Manifest, TensorSpec, dtype_name
 from weightwire.updates.receipt import Proof
-from weightwire.updates.tiles import ends_of
+from weightwire.updates.tiles import brought, ends_of
 
 __all__ = [
     "DeviceStaging",
@@ -451,7 +451,7 @@ def totals(sums: torch.Tensor | None, of: Sequence[int], count: int) -> npt.NDAr
     waits for them."""
     rows = np.zeros((count, 3), np.uint64)
     if sums is not None:
-        np.add.at(rows, np.array(of, np.int64), sums.cpu().numpy().view(np.uint64))  # modulo 2^64, as digests are
+        np.add.at(rows, np.array(of, np.int64), brought(sums).view(np.uint64))  # modulo 2^64, as digests are
     return rows
 
 
