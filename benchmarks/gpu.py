@@ -281,6 +281,7 @@ def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
                         print(json.dumps(receipt), flush=True)
                         time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
                     rate = (tokens() - before) / (time.perf_counter() - started)
+                    print(json.dumps({"keep_cache": keep_cache, "tokens/s": rate}), flush=True)
                     if keep_cache is None:
                         without = rate
                     else:
