@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import os
 import random
@@ -57,7 +58,7 @@ SERVE = ["--max-model-len", "1024", "--gpu-memory-utilization", "0.4"]
 IDLE = ["--enforce-eager", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2"]
 # Graphs without torch.compile, which takes minutes the first time.
 LOADED = ["--max-num-seqs", "64", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
-REQUESTS, EVERY, TURN = 48, 2.0, 4.0
+REQUESTS, EVERY, TURN, AFTER = 48, 2.0, 4.0, 0.05
 
 
 def weights(device: torch.device) -> dict[str, torch.Tensor]:
@@ -235,9 +236,20 @@ def kernels() -> dict[str, float]:
     }
 
 
-def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
+def lost(gaps: Sequence[tuple[float, float]], updates: Sequence[tuple[float, float]]) -> list[float]:
+    """Seconds that each update, from when until when, has kept a request waiting: by how much longer it waited for its
+    tokens meanwhile than for as many at other times."""
+    near = [(begin, end + AFTER) for begin, end in updates]
+    quiet = [b - a for a, b in gaps if not any(b > begin and a < end for begin, end in near)]
+    usual = statistics.mean(quiet)
+    return [sum(b - a - usual for a, b in gaps if b > begin and a < end) for begin, end in near]
+
+
+def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[str, Any]:
     """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns so short that
-    neighbours are alike; which share was kept, and its standard error. Requests are of `lengths` from, to."""
+    neighbours are alike; which share was kept, and its standard error. Requests are of `lengths` from, to. Starts of
+    requests make that uncertain by a percent in two minutes; so one more request tells how long each update kept it
+    waiting."""
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
@@ -257,11 +269,23 @@ def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
             lines = client.get("/metrics").text.splitlines()
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
-        requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS)]
-        found: dict[str, Any] = {"lengths": [*lengths], "running": [], "False": []}
+        gaps: list[tuple[float, float]] = []
+
+        def follow() -> None:
+            body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0, "stream": True}
+            with contextlib.suppress(httpx.TransportError):
+                while not over.is_set():
+                    with client.stream("POST", "/v1/completions", json={**body, "max_tokens": lengths[1]}) as answer:
+                        came = [time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {")]
+                    gaps.extend(itertools.pairwise(came))
+
+        requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS - 1)]
+        requests.append(threading.Thread(target=follow, daemon=True))
+        found: dict[str, Any] = {"lengths": [*lengths], "transport": transport, "running": [], "False": []}
+        times: dict[str, list[tuple[float, float]]] = {"running": [], "False": []}
         version = 0
         with ww.connect(f"unix:{socket}") as engines:
-            with ww.Publisher(source, engines, transport="nccl", lease=20, deadline=60) as publisher:
+            with ww.Publisher(source, engines, transport=transport, lease=20, deadline=60) as publisher:
                 for version in range(1, WARM_UP + 1):
                     publisher.publish(version)
                 for request in requests:
@@ -276,7 +300,9 @@ def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
                     while keep_cache is not None and (since := time.perf_counter() - started) < TURN:
                         version += 1
                         source["model.norm.weight"].add_(0.001)
+                        begun = time.perf_counter()
                         receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
+                        times[str(keep_cache)].append((begun, time.perf_counter()))
                         found.setdefault(f"updates {keep_cache}", []).append(receipt)
                         print(json.dumps(receipt), flush=True)
                         time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
@@ -291,8 +317,10 @@ def load(updates: int, lengths: Sequence[int]) -> dict[str, Any]:
         request.join(30)
     for name in ("running", "False"):
         kept = [rate / without for without, rate in found[name]]
-        found[f"kept {name}"] = statistics.mean(kept)
-        found[f"error {name}"] = statistics.stdev(kept) / len(kept) ** 0.5
+        found |= {f"kept {name}": statistics.mean(kept), f"error {name}": statistics.stdev(kept) / len(kept) ** 0.5}
+    waited = found["waited"] = lost(gaps, [each for every in times.values() for each in every])[: len(times["running"])]
+    error = statistics.stdev(waited) / len(waited) ** 0.5
+    found |= {"kept by gaps": 1 - statistics.mean(waited) / EVERY, "error by gaps": error / EVERY}
     return found
 
 
@@ -309,6 +337,7 @@ def main() -> None:
     parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--lengths", type=int, nargs=2, default=[200, 1000], help="tokens of a request, of `load`")
+    parser.add_argument("--transport", help="of `load`; by default the first that works, as everywhere")
     parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
@@ -341,7 +370,7 @@ def main() -> None:
                 except ww.WeightwireError as error:
                     print(f"{way}: {error!r}", file=sys.stderr, flush=True)
     if "load" in args.ways:
-        keep("load", load(args.updates, args.lengths))
+        keep("load", load(args.updates, args.lengths, args.transport))
 
 
 if __name__ == "__main__":

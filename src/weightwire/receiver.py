@@ -738,7 +738,7 @@ class Receiver:
 
     def _arrived(self, update: _Update, buckets: Iterable[int], scans: Sequence[Scan | Pending]) -> None:
         complete = len(update.received.union(buckets)) == len(update.buckets)
-        known = settle(scans if complete else [])
+        known = settle(scans) if complete else update.known
         with self._lock:
             update.received.update(buckets)
             update.expires = self._clock() + update.lease
@@ -885,9 +885,7 @@ def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan
 
 def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> Sequence[Scan | Pending]:
     """The same of a bucket whose pieces lie apart."""
-    staging = update.staging
-    assert isinstance(staging, HasPlaces)
-    staging.write_parts(bucket, parts)
+    cast(HasPlaces, update.staging).write_parts(bucket, parts)  # none but such has parts lie apart
     return scan_pieces_any([(part, piece.start) for part, piece in zip(parts, bucket.pieces, strict=True)])
 
 

@@ -99,6 +99,7 @@ class _Memory(Mapping[str, torch.Tensor]):
         self._memory = torch.empty(layout.nbytes, dtype=torch.uint8, device=device)
         self._layout, self._live = layout, live
         self._made: dict[str, torch.Tensor] = {}
+        self._flat: dict[torch.dtype, torch.Tensor] = {}
         self.where = (self._memory.data_ptr(), layout)
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -107,6 +108,15 @@ class _Memory(Mapping[str, torch.Tensor]):
             run = self._memory[begin : begin + live.nbytes]
             self._made[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
         return self._made[name]
+
+    def run(self, name: str, begin: int, count: int) -> torch.Tensor:
+        """Elements of one as they lie in memory, from that one on. By one call of torch: in each a thread lets go of
+        the interpreter, and while others use it waits to have it back, or keeps the engine's own from it."""
+        dtype = self._live[name][0].dtype
+        if dtype not in self._flat:
+            self._flat[dtype] = self._memory.view(dtype)
+        first = self._layout.begins[name] // dtype.itemsize + begin
+        return self._flat[dtype][first : first + count]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.begins)
@@ -259,6 +269,8 @@ class DeviceStaging:
         if (found := kept[piece]) is None:
             return None
         name, begin = found
+        if isinstance(self._staged, _Memory):
+            return self._staged.run(name, begin, piece.count)
         memory = self._staged[name]
         return memory.as_strided((piece.count,), (1,), memory.storage_offset() + begin)
 
