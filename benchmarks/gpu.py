@@ -1,12 +1,14 @@
 """Updates of a real vLLM on GPUs, phase by phase, beside what stock vLLM does on the same machine.
 
-    python benchmarks/gpu.py kernels same pair pulled nccl adapter direct delta load [--updates 12] [--peer S] [--out F]
+    python benchmarks/gpu.py kernels same pair pulled nccl adapter direct delta [--updates 12] [--peer S] [--out F]
+    python benchmarks/gpu.py load [--updates 24] [--lengths 200 1000] [--transport T] [--out F]
 
 A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB. One server on the last GPU.
 `same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `pulled`, `nccl` and `direct`: the trainer on the first,
 over `cuda-ipc` and over NCCL, each staged and with `staging="none"`; `delta`: over NCCL what changed since the last,
 1 % of the elements by one unit in the last place; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
-`load`: what an update every 2 s costs 48 running requests, with CUDA graphs, on a server of its own. `kernels` are
+`load`: what an update every 2 s costs 48 running requests of so many tokens, with CUDA graphs, on a server of its own,
+over the first transport that works or T. `kernels` are
 the copy and the digest alone. S is a script that times stock vLLM's own transfers (`nccl`, `ipc`, `lora`).
 """
 
