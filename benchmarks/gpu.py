@@ -239,19 +239,26 @@ def kernels() -> dict[str, float]:
 
 
 def lost(gaps: Sequence[tuple[float, float]], updates: Sequence[tuple[float, float]]) -> list[float]:
-    """Seconds that each update, from when until when, has kept a request waiting: by how much longer it waited for its
-    tokens meanwhile than for as many at other times."""
+    """Seconds that each update, from when until when, has kept a request waiting: by how much longer it waited for
+    chunks of its answer meanwhile than for as many at other times. Only of updates that one request has seen whole."""
     near = [(begin, end + AFTER) for begin, end in updates]
     quiet = [b - a for a, b in gaps if not any(b > begin and a < end for begin, end in near)]
-    usual = statistics.mean(quiet)
-    return [sum(b - a - usual for a, b in gaps if b > begin and a < end) for begin, end in near]
+    seen = [[b - a for a, b in gaps if b > begin and a < end] for begin, end in near]
+    whole = [each for each, (begin, end) in zip(seen, near, strict=True) if sum(each) >= end - begin]
+    return [sum(each) - len(each) * statistics.mean(quiet) for each in whole]
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float] | None:
+    if len(values) < 2:
+        return None
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
 def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[str, Any]:
     """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns so short that
     neighbours are alike; which share was kept, and its standard error. Requests are of `lengths` from, to. Starts of
-    requests make that uncertain by a percent in two minutes; so one more request tells how long each update kept it
-    waiting."""
+    requests make that uncertain by a percent in two minutes; so one of them tells how long each update kept it waiting.
+    """
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
@@ -259,10 +266,19 @@ def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[st
         client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
         over = threading.Event()
 
+        @contextlib.contextmanager
+        def until_over() -> Iterator[None]:
+            """The last requests are cut off; what fails before spoils what is measured."""
+            try:
+                yield
+            except httpx.HTTPError as error:
+                if not over.is_set():
+                    failed.append(error)
+
         def generate(number: int) -> None:
             some = random.Random(number)  # of all alike, all would be long at the same time
             body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0}
-            with contextlib.suppress(httpx.TransportError):  # the last are cut off
+            with until_over():
                 while not over.is_set():
                     said = client.post("/v1/completions", json={**body, "max_tokens": some.randint(*lengths)})
                     said.raise_for_status()
@@ -272,14 +288,16 @@ def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[st
             return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:generation_tokens_total"))
 
         gaps: list[tuple[float, float]] = []
+        failed: list[Exception] = []
 
         def follow() -> None:
             body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0, "stream": True}
-            with contextlib.suppress(httpx.TransportError):
+            with until_over():
                 while not over.is_set():
                     with client.stream("POST", "/v1/completions", json={**body, "max_tokens": lengths[1]}) as answer:
-                        came = [time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {")]
-                    gaps.extend(itertools.pairwise(came))
+                        answer.raise_for_status()
+                        came = (time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {"))
+                        gaps.extend(itertools.pairwise(came))
 
         requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS - 1)]
         requests.append(threading.Thread(target=follow, daemon=True))
@@ -292,37 +310,36 @@ def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[st
                     publisher.publish(version)
                 for request in requests:
                     request.start()
-                time.sleep(10)
-                pairs = round(updates * EVERY / TURN)
-                without = 0.0
-                for keep_cache in [None, "running"] * pairs + [None, False] * max(pairs // 6, 2):
-                    started, before = time.perf_counter(), tokens()
-                    if keep_cache is None:
-                        time.sleep(TURN)
-                    while keep_cache is not None and (since := time.perf_counter() - started) < TURN:
-                        version += 1
-                        source["model.norm.weight"].add_(0.001)
-                        begun = time.perf_counter()
-                        receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
-                        times[str(keep_cache)].append((begun, time.perf_counter()))
-                        found.setdefault(f"updates {keep_cache}", []).append(receipt)
-                        print(json.dumps(receipt), flush=True)
-                        time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
-                    rate = (tokens() - before) / (time.perf_counter() - started)
-                    print(json.dumps({"keep_cache": keep_cache, "tokens/s": rate}), flush=True)
-                    if keep_cache is None:
-                        without = rate
-                    else:
-                        found[str(keep_cache)].append((without, rate))
+                time.sleep(max(10.0, lengths[1] / 100))  # until requests have ended and others have begun
+                # Without comes first and last in turn, so that what changes meanwhile is on neither side.
+                for name in ["running"] * max(round(updates * EVERY / TURN / 2), 1) + [False]:
+                    rates = []
+                    for keep_cache in (None, name, name, None):
+                        started, before = time.perf_counter(), tokens()
+                        if keep_cache is None:
+                            time.sleep(TURN)
+                        while keep_cache is not None and (since := time.perf_counter() - started) < TURN:
+                            version += 1
+                            source["model.norm.weight"].add_(0.001)
+                            begun = time.perf_counter()
+                            receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
+                            times[str(keep_cache)].append((begun, time.perf_counter()))
+                            found.setdefault(f"updates {keep_cache}", []).append(receipt)
+                            print(json.dumps(receipt), flush=True)
+                            time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
+                        rates.append((tokens() - before) / (time.perf_counter() - started))
+                        if failed:
+                            raise failed[0]
+                    found[str(name)] += [(rates[0], rates[1]), (rates[3], rates[2])]
+                    print(json.dumps({"keep_cache": name, "tokens/s": rates}), flush=True)
                 over.set()
     for request in requests:
         request.join(30)
     for name in ("running", "False"):
-        kept = [rate / without for without, rate in found[name]]
-        found |= {f"kept {name}": statistics.mean(kept), f"error {name}": statistics.stdev(kept) / len(kept) ** 0.5}
-    waited = found["waited"] = lost(gaps, [each for every in times.values() for each in every])[: len(times["running"])]
-    error = statistics.stdev(waited) / len(waited) ** 0.5
-    found |= {"kept by gaps": 1 - statistics.mean(waited) / EVERY, "error by gaps": error / EVERY}
+        found[f"kept {name}"] = mean_and_error([rate / without for without, rate in found[name]])
+    until = times["False"][0][0]
+    found["waited"] = mean_and_error(lost([(a, b) for a, b in gaps if b < until], times["running"]))
+    print(json.dumps({name: found[name] for name in ("kept running", "kept False", "waited")}))
     return found
 
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import msgspec
 import pytest
@@ -217,3 +219,30 @@ def test_an_older_engine_is_told_nothing_that_it_does_not_know() -> None:
     assert plain == {"name": "policy", "config": {}}
     cast = Adapter(name="policy", config={}, cast="bfloat16")
     assert msgspec.json.decode(msgspec.json.encode(cast), type=Adapter) == cast
+
+
+# So slowly that two threads are in the middle of it at once, if it is not done yet.
+FIRST_OF_TWO = """
+import threading, time, typing
+from weightwire.updates.adapter import check_adapter
+from weightwire.updates.manifest import TensorSpec, decode_manifest
+
+known = typing._AnnotatedAlias.__hash__
+typing._AnnotatedAlias.__hash__ = lambda self: (time.sleep(0.02), known(self))[1]
+specs = [TensorSpec(name=f"q.lora_{which}.weight", dtype="float32", shape=(2, 2)) for which in "AB"]
+data = b'{"version": 3, "tensors": [{"name": "w", "dtype": "float32", "shape": [2]}]}'
+works = {"manifest": lambda: decode_manifest(data), "adapter": lambda: check_adapter(specs, {"r": 2, "lora_alpha": 4})}
+threads = [threading.Thread(target=works[WHAT]) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print("both")
+"""
+
+
+@pytest.mark.parametrize("what", ["manifest", "adapter"])
+def test_two_threads_may_be_the_first_to_read_one(what: str) -> None:
+    script = FIRST_OF_TWO.replace("WHAT", repr(what))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "both\n"), done.stderr

@@ -190,6 +190,9 @@ class _Settings(msgspec.Struct, frozen=True):
     bias: str | None = None
 
 
+msgspec.json.Decoder(_Settings)  # for what it makes ready, as in `manifest`
+
+
 class _Rules:
     """PEFT's own rules, of one config: which modules are targeted, and with what rank."""
 

@@ -342,7 +342,7 @@ def _encode(found: _Found, arriving: list[torch.cuda.Event]) -> list[tuple[Delta
             start=group.starts[mine], numel=numels, count=counts, before=sums[:, :2], after=sums[:, 2:],
         )  # fmt: skip
         _finish(target, heads, places[:-1])
-    data = torch.empty(target.numel(), dtype=torch.int32, pin_memory=device.type == "cuda")
+    data = torch.empty(target.numel(), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     data.copy_(target, non_blocking=True)
     if device.type == "cuda":
         arriving.append(torch.cuda.current_stream(device).record_event())

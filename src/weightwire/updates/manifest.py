@@ -214,10 +214,16 @@ class _OnlyTensors(msgspec.Struct):
     tensors: _Tensors
 
 
+# Made here, and not when they are first needed: msgspec crashes the process if two threads are the first to ask for a
+# type whose fields have limits.
+_drafts, _tensors = msgspec.json.Decoder(_Undecoded), msgspec.json.Decoder(_OnlyTensors)
+msgspec.json.Decoder(Manifest)
+
+
 @functools.lru_cache(maxsize=_KEPT)
 def _decode_tensors(data: bytes) -> tuple[TensorSpec, ...]:
     # Under their name, so that errors say where they are.
-    return msgspec.json.decode(b'{"tensors":%b}' % data, type=_OnlyTensors).tensors
+    return _tensors.decode(b'{"tensors":%b}' % data).tensors
 
 
 def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:
@@ -229,7 +235,7 @@ def decode_manifest(data: bytes | dict[str, Any]) -> Manifest:
     try:
         if isinstance(data, dict):
             return msgspec.convert(data, Manifest).check()
-        facts = msgspec.structs.asdict(msgspec.json.decode(data, type=_Undecoded))
+        facts = msgspec.structs.asdict(_drafts.decode(data))
         return Manifest(**facts | {"tensors": _decode_tensors(bytes(facts["tensors"]))}).check()
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ManifestError(f"not a manifest: {error}") from error

@@ -80,7 +80,7 @@ def brought(table: torch.Tensor) -> npt.NDArray[Any]:
     """
     if table.device.type != "cuda":
         return table.numpy().copy()
-    here = torch.empty(table.shape, dtype=table.dtype, pin_memory=True)
+    here = torch.empty(table.shape, dtype=table.dtype, device="cpu", pin_memory=True)
     here.copy_(table, non_blocking=True)
     torch.cuda.current_stream(table.device).synchronize()
     return here.numpy().copy()

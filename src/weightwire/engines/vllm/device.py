@@ -116,7 +116,7 @@ class _Memory(Mapping[str, torch.Tensor]):
         if dtype not in self._flat:
             self._flat[dtype] = self._memory.view(dtype)
         first = self._layout.begins[name] // dtype.itemsize + begin
-        return self._flat[dtype][first : first + count]
+        return self._flat[dtype].narrow(0, first, count)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.begins)
