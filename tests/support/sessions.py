@@ -29,19 +29,32 @@ def end(process: subprocess.Popen[Any], *, seconds: float = 30.0) -> None:
 
 def left_over(prefix: str) -> set[Path]:
     """Files of this prefix in shared memory that no process has mapped."""
-    return {*_SHARED.glob(f"{prefix}*")} - _mapped(lambda pid: True)
+    there = _shared(prefix)
+    mapped = _mapped(lambda pid: True)
+    return {path for path, inode in there.items() if inode not in mapped}
 
 
 def _segments(session: int) -> set[Path]:
     """What the processes of a session have mapped of /dev/shm. vLLM's own are removed by one of them, if it is let."""
-    return _mapped(lambda pid: os.getsid(pid) == session)
+    mapped = _mapped(lambda pid: os.getsid(pid) == session)
+    return {path for path, inode in _shared().items() if inode in mapped}
 
 
-def _mapped(by: Callable[[int], bool]) -> set[Path]:
-    found: set[Path] = set()
+def _shared(prefix: str = "") -> dict[Path, int]:
+    """Files in shared memory, and their inodes."""
+    found: dict[Path, int] = {}
+    for path in _SHARED.glob(f"{prefix}*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path] = path.stat().st_ino
+    return found
+
+
+def _mapped(by: Callable[[int], bool]) -> set[int]:
+    """The inodes. Not by name: whoever makes a semaphore has it under another, and gives it its own afterwards."""
+    found: set[int] = set()
     for process in psutil.process_iter():
         with contextlib.suppress(OSError):
             if by(process.pid):
-                maps = Path(f"/proc/{process.pid}/maps").read_text().split()
-                found |= {Path(word) for word in maps if word.startswith(f"{_SHARED}/")}
+                lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
+                found |= {int(line.split()[4]) for line in lines if f" {_SHARED}/" in line}
     return found
