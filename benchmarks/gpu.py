@@ -1,15 +1,16 @@
 """Updates of a real vLLM on GPUs, phase by phase, beside what stock vLLM does on the same machine.
 
     python benchmarks/gpu.py kernels same pair pulled nccl adapter direct delta [--updates 12] [--peer S] [--out F]
-    python benchmarks/gpu.py load [--updates 24] [--lengths 200 1000] [--transport T] [--out F]
+    python benchmarks/gpu.py load [--updates 24] [--lengths 200 1000] [--transports T ...] [--compilation C] [--out F]
 
 A Qwen3-8B-shaped model with random bf16 weights: 8.19 B parameters, 399 tensors, 16.38 GB. One server on the last GPU.
 `same`: the trainer on that GPU too, over `cuda-ipc`; `pair`, `pulled`, `nccl` and `direct`: the trainer on the first,
 over `cuda-ipc` and over NCCL, each staged and with `staging="none"`; `delta`: over NCCL what changed since the last,
 1 % of the elements by one unit in the last place; `adapter`: a LoRA of rank 32 on all linears from the trainer's GPU;
-`load`: what an update every 2 s costs 48 running requests of so many tokens, with CUDA graphs, on a server of its own,
-over the first transport that works or T. `kernels` are
-the copy and the digest alone. S is a script that times stock vLLM's own transfers (`nccl`, `ipc`, `lora`).
+`load`: what an update every 2 s costs 48 running requests of so many tokens, on a server of its own with vLLM's own
+settings or C, over the first transport that works or each T. With torch.compile, the first start takes minutes; C may
+be '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}'. `kernels` are the copy and the digest alone. S is a script that
+times stock vLLM's own transfers (`nccl`, `ipc`, `lora`).
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ SHAPE = {
 }  # fmt: skip
 SERVE = ["--max-model-len", "1024", "--gpu-memory-utilization", "0.4"]
 IDLE = ["--enforce-eager", "--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "2"]
-# Graphs without torch.compile, which takes minutes the first time.
-LOADED = ["--max-num-seqs", "64", "--compilation-config", '{"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}']
+LOADED = ["--max-num-seqs", "64"]
 REQUESTS, EVERY, TURN, AFTER = 48, 2.0, 4.0, 0.05
 
 
@@ -107,7 +107,7 @@ def serving(gpu: str, flags: list[str]) -> Iterator[str]:
     with log.open("w") as out:
         server = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": gpu}, stdout=out, stderr=out)
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while True:
             with contextlib.suppress(ww.WeightwireError, OSError), ww.connect(f"unix:{socket}") as engines:
                 engines[0].status(timeout=5)
@@ -238,11 +238,17 @@ def kernels() -> dict[str, float]:
     }
 
 
-def lost(gaps: Sequence[tuple[float, float]], updates: Sequence[tuple[float, float]]) -> list[float]:
+def lost(
+    gaps: Sequence[tuple[float, float]],
+    updates: Sequence[tuple[float, float]],
+    others: Sequence[tuple[float, float]] = (),
+) -> list[float]:
     """Seconds that each update, from when until when, has kept a request waiting: by how much longer it waited for
-    chunks of its answer meanwhile than for as many at other times. Only of updates that one request has seen whole."""
+    chunks of its answer meanwhile than for as many at other times, without updates or `others`. Only of updates that
+    one request has seen whole."""
     near = [(begin, end + AFTER) for begin, end in updates]
-    quiet = [b - a for a, b in gaps if not any(b > begin and a < end for begin, end in near)]
+    busy = [*near, *((begin, end + AFTER) for begin, end in others)]
+    quiet = [b - a for a, b in gaps if not any(b > begin and a < end for begin, end in busy)]
     seen = [[b - a for a, b in gaps if b > begin and a < end] for begin, end in near]
     whole = [each for each, (begin, end) in zip(seen, near, strict=True) if sum(each) >= end - begin]
     return [sum(each) - len(each) * statistics.mean(quiet) for each in whole]
@@ -254,7 +260,9 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float] | None:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[str, Any]:
+def load(
+    updates: int, lengths: Sequence[int], transports: Sequence[str | None], compilation: str | None
+) -> dict[str, Any]:
     """Tokens a second without updates and with one every `EVERY` seconds, by `keep_cache`, in turns so short that
     neighbours are alike; which share was kept, and its standard error. Requests are of `lengths` from, to. Starts of
     requests make that uncertain by a percent in two minutes; so one of them tells how long each update kept it waiting.
@@ -262,7 +270,10 @@ def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[st
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     source = weights(device)
-    with serving(str(torch.cuda.device_count() - 1), [*LOADED, "--max-model-len", str(lengths[1] + 24)]) as socket:
+    flags = [*LOADED, "--max-model-len", str(lengths[1] + 24)]
+    if compilation is not None:
+        flags += ["--compilation-config", compilation]
+    with serving(str(torch.cuda.device_count() - 1), flags) as socket:
         client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
         over = threading.Event()
 
@@ -301,46 +312,60 @@ def load(updates: int, lengths: Sequence[int], transport: str | None) -> dict[st
 
         requests = [threading.Thread(target=generate, args=(n,), daemon=True) for n in range(REQUESTS - 1)]
         requests.append(threading.Thread(target=follow, daemon=True))
-        found: dict[str, Any] = {"lengths": [*lengths], "transport": transport, "running": [], "False": []}
-        times: dict[str, list[tuple[float, float]]] = {"running": [], "False": []}
-        version = 0
-        with ww.connect(f"unix:{socket}") as engines:
-            with ww.Publisher(source, engines, transport=transport, lease=20, deadline=60) as publisher:
-                for version in range(1, WARM_UP + 1):
+        receipts: dict[tuple[int, Any], list[Any]] = {}
+        rates: dict[tuple[int, Any], list[tuple[float, float]]] = {}
+        times: dict[tuple[int, Any], list[tuple[float, float]]] = {}
+        versions = itertools.count(1)
+        with contextlib.ExitStack() as stack:
+            engines = stack.enter_context(ww.connect(f"unix:{socket}"))
+            publishers = [
+                stack.enter_context(ww.Publisher(source, engines, transport=name, lease=20, deadline=60))
+                for name in transports
+            ]
+            for publisher in publishers:
+                for version in itertools.islice(versions, WARM_UP):
                     publisher.publish(version)
-                for request in requests:
-                    request.start()
-                time.sleep(max(10.0, lengths[1] / 100))  # until requests have ended and others have begun
-                # Without comes first and last in turn, so that what changes meanwhile is on neither side.
-                for name in ["running"] * max(round(updates * EVERY / TURN / 2), 1) + [False]:
-                    rates = []
-                    for keep_cache in (None, name, name, None):
-                        started, before = time.perf_counter(), tokens()
-                        if keep_cache is None:
-                            time.sleep(TURN)
-                        while keep_cache is not None and (since := time.perf_counter() - started) < TURN:
-                            version += 1
-                            source["model.norm.weight"].add_(0.001)
-                            begun = time.perf_counter()
-                            receipt = timed(functools.partial(publisher.publish, keep_cache=keep_cache), version)
-                            times[str(keep_cache)].append((begun, time.perf_counter()))
-                            found.setdefault(f"updates {keep_cache}", []).append(receipt)
-                            print(json.dumps(receipt), flush=True)
-                            time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
-                        rates.append((tokens() - before) / (time.perf_counter() - started))
-                        if failed:
-                            raise failed[0]
-                    found[str(name)] += [(rates[0], rates[1]), (rates[3], rates[2])]
-                    print(json.dumps({"keep_cache": name, "tokens/s": rates}), flush=True)
-                over.set()
+            for request in requests:
+                request.start()
+            time.sleep(max(10.0, lengths[1] / 100))  # until requests have ended and others have begun
+            ways: list[tuple[int, Any]] = [(number, "running") for number in range(len(publishers))]
+            # Without comes first and last in turn, so that what changes meanwhile is on neither side.
+            for way in [*ways * max(round(updates * EVERY / TURN / 2), 1), (0, False)]:
+                found_here = []
+                for updating in (False, True, True, False):
+                    started, before = time.perf_counter(), tokens()
+                    if not updating:
+                        time.sleep(TURN)
+                    while updating and (since := time.perf_counter() - started) < TURN:
+                        source["model.norm.weight"].add_(0.001)
+                        begun = time.perf_counter()
+                        publish = functools.partial(publishers[way[0]].publish, keep_cache=way[1])
+                        receipts.setdefault(way, []).append(timed(publish, next(versions)))
+                        times.setdefault(way, []).append((begun, time.perf_counter()))
+                        print(json.dumps(receipts[way][-1]), flush=True)
+                        time.sleep(max(0.0, EVERY - (time.perf_counter() - started - since)))
+                    found_here.append((tokens() - before) / (time.perf_counter() - started))
+                    if failed:
+                        raise failed[0]
+                rates.setdefault(way, []).extend([(found_here[0], found_here[1]), (found_here[3], found_here[2])])
+                print(json.dumps({"way": way, "tokens/s": found_here}), flush=True)
+            over.set()
     for request in requests:
         request.join(30)
-    for name in ("running", "False"):
-        found[f"kept {name}"] = mean_and_error([rate / without for without, rate in found[name]])
-    until = times["False"][0][0]
-    found["waited"] = mean_and_error(lost([(a, b) for a, b in gaps if b < until], times["running"]))
-    print(json.dumps({name: found[name] for name in ("kept running", "kept False", "waited")}))
-    return found
+    until = times[0, False][0][0]
+    seen = [(a, b) for a, b in gaps if b < until]
+    others = [update for way in ways for update in times[way]]
+    found = {
+        f"{receipts[way][-1]['transport']}, {way[1]}": {
+            "kept": mean_and_error([rate / without for without, rate in rates[way]]),
+            "waited": mean_and_error(lost(seen, times[way], others)) if way in ways else None,
+            "tokens/s": rates[way],
+            "updates": receipts[way],
+        }
+        for way in rates
+    }
+    print(json.dumps({name: {key: each[key] for key in ("kept", "waited")} for name, each in found.items()}))
+    return {"lengths": [*lengths], "compilation": compilation, **found}
 
 
 def peer(script: str, way: str) -> list[dict[str, Any]]:
@@ -356,7 +381,8 @@ def main() -> None:
     parser.add_argument("ways", nargs="+", choices=["kernels", *ways, "load"])
     parser.add_argument("--updates", type=int, default=12)
     parser.add_argument("--lengths", type=int, nargs=2, default=[200, 1000], help="tokens of a request, of `load`")
-    parser.add_argument("--transport", help="of `load`; by default the first that works, as everywhere")
+    parser.add_argument("--transports", nargs="+", default=[None], help="of `load`; by default the first that works")
+    parser.add_argument("--compilation", help="vLLM's --compilation-config, of `load`")
     parser.add_argument("--peer", help="a script that times stock vLLM, by the argument nccl, ipc or lora")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
     args = parser.parse_args()
@@ -389,7 +415,7 @@ def main() -> None:
                 except ww.WeightwireError as error:
                     print(f"{way}: {error!r}", file=sys.stderr, flush=True)
     if "load" in args.ways:
-        keep("load", load(args.updates, args.lengths, args.transport))
+        keep("load", load(args.updates, args.lengths, args.transports, args.compilation))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from weightwire.updates.buckets import Bucket, Piece
+from weightwire.updates.buckets import Bucket
 
 __all__ = ["BUFFERS", "Landed", "Landing", "room_for"]
 
@@ -16,37 +16,34 @@ BUFFERS = 3  # one is being filled, one is being used, one is on its way between
 
 
 class Landed(NamedTuple):
-    """Memory for each piece of a bucket, 1-D, of its tensor's dtype; and for all of it, unless some are elsewhere."""
+    """Memory for each piece of a bucket, 1-D, of its tensor's dtype; and for all of it (uint8), unless some are
+    elsewhere. `stays`: no part of it is the third bucket's after it, too."""
 
     parts: Sequence[torch.Tensor]
     whole: torch.Tensor | None
-
-    @property
-    def data(self) -> torch.Tensor | Sequence[torch.Tensor]:
-        """The bucket as a fetch function gives it (`receiver.Fetch`)."""
-        return self.parts if self.whole is None else self.whole
+    stays: bool
 
 
 class Landing:
     """Memory of a device for the buckets of one update. What has no place of its own lies where the third bucket after
-    it does, too. `place` is as `target.HasPlaces`."""
+    it does, too. `places` is as `target.HasPlaces`."""
 
     def __init__(
         self,
         buckets: Sequence[Bucket],
-        place: Callable[[Piece], torch.Tensor | None],
+        places: Callable[[Bucket], Sequence[torch.Tensor | None]],
         device: torch.device,
     ) -> None:
         self._nbytes = _largest(buckets)
-        self._place, self._device = place, device
+        self._places, self._device = places, device
         self._buffers: dict[int, torch.Tensor] = {}
 
     def of(self, bucket: Bucket) -> Landed:
         """Memory for this bucket, to be written once the current stream has come so far."""
-        places = [self._place(piece) if bucket.apart else None for piece in bucket.pieces]
+        places = self._places(bucket) if bucket.apart else [None] * len(bucket.pieces)
         placed = [place for place in places if place is not None]
         if len(placed) == len(places):
-            return Landed(placed, None)
+            return Landed(placed, None, True)
         slot = bucket.index % BUFFERS
         if slot not in self._buffers:
             self._buffers[slot] = torch.empty(self._nbytes, dtype=torch.uint8, device=self._device)
@@ -54,7 +51,7 @@ class Landing:
         parts = [
             piece.within(data) if place is None else place for piece, place in zip(bucket.pieces, places, strict=True)
         ]
-        return Landed(parts, None if placed else data)
+        return Landed(parts, None if placed else data, False)
 
 
 def room_for(buckets: Sequence[Bucket]) -> int:

@@ -12,21 +12,20 @@ from weightwire.updates.buckets import Bucket
 __all__ = ["pull"]
 
 
-def pull(
-    tensors: Sequence[torch.Tensor], buckets: Sequence[Bucket], landing: Landing
-) -> Iterator[tuple[int, torch.Tensor | Sequence[torch.Tensor]]]:
+def pull(tensors: Sequence[torch.Tensor], buckets: Sequence[Bucket], landing: Landing) -> Iterator[tuple[int, Landed]]:
     """Each bucket in turn, as a fetch function does (`receiver.Fetch`), in memory of the current GPU, for work on the
-    current stream. `tensors`: contiguous, all of an update."""
-    flat = [tensor.detach().reshape(-1) for tensor in tensors]
+    current stream. `tensors`: all of an update, each contiguous and 1-D."""
     here, link = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    link.wait_stream(here)  # what is written to may have been in use there
     reading: dict[int, tuple[torch.cuda.Event, Landed]] = {}
 
     def read(bucket: Bucket) -> None:
         landed = landing.of(bucket)
-        link.wait_stream(here)  # the memory may be in use there still
+        if not landed.stays:
+            link.wait_stream(here)  # the bucket before that had this memory may be in use there still
         with torch.cuda.stream(link):
             for piece, part in zip(bucket.pieces, landed.parts, strict=True):
-                part.copy_(piece.of(flat[piece.tensor]), non_blocking=True)
+                part.copy_(piece.of(tensors[piece.tensor]), non_blocking=True)
             reading[bucket.index] = (link.record_event(), landed)
 
     try:
@@ -37,7 +36,7 @@ def pull(
             if (ahead := bucket.index + BUFFERS - 1) < len(buckets):
                 read(buckets[ahead])
             here.wait_event(arrived)
-            yield bucket.index, landed.data
+            yield bucket.index, landed
     finally:
         # The allocator would hand out memory that the link still writes to.
         here.wait_stream(link)

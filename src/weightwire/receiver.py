@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -44,7 +45,7 @@ from weightwire.errors import (
     WeightwireError,
 )
 from weightwire.interpreter import collecting_later, taking_turns
-from weightwire.landing import Landing, room_for
+from weightwire.landing import Landed, Landing, room_for
 from weightwire.pull import pull
 from weightwire.revisions import Revision, Revisions
 from weightwire.target import (
@@ -72,7 +73,7 @@ from weightwire.updates.digest import (
 )
 from weightwire.updates.manifest import Manifest, TensorSpec, decode_manifest
 
-__all__ = ["Arrivals", "Lent", "Receiver", "decode_reply", "encode_call"]
+__all__ = ["Arrivals", "Arrived", "Fetch", "Lent", "Receiver", "decode_reply", "encode_call"]
 
 logger = logging.getLogger("vllm.weightwire.receiver")
 
@@ -81,10 +82,12 @@ _MAX_LINGER = 0.05
 _MAX_CLIENTS = 1024
 _PROOF_SECONDS = 5.0  # of an adapter, which was proven before
 _CHECK_SECONDS = 0.005  # at most, between two model steps
+_TOGETHER_BYTES = 1 << 30  # that are scanned by one launch, which takes a GPU some 0.3 ms
+_TOGETHER_SECONDS = 0.5  # after which what has arrived is taken, and the lease renewed, however little it is
 
 
-def _nowhere(piece: Piece) -> None:
-    return None
+def _nowhere(bucket: Bucket) -> Sequence[None]:
+    return [None] * len(bucket.pieces)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,25 +101,33 @@ class Arrivals:
     lease: float
     """Seconds of silence after which the sender counts as gone."""
     cancelled: threading.Event
-    place: Callable[[Piece], torch.Tensor | None] = _nowhere
+    places: Callable[[Bucket], Sequence[torch.Tensor | None]] = _nowhere
     """As `target.HasPlaces`."""
 
     def landing(self) -> Landing:
         """Where they arrive on the current GPU."""
-        return Landing(self.buckets, self.place, torch.device("cuda", torch.cuda.current_device()))
+        return Landing(self.buckets, self.places, torch.device("cuda", torch.cuda.current_device()))
 
 
-class Lent(NamedTuple):
-    """Every tensor of an update, in memory of the trainer's; `here`: on the device where the update is staged."""
+@dataclass(frozen=True)
+class Lent:
+    """Every tensor of an update, contiguous, in memory of the trainer's; `here`: on the device where the update is
+    staged."""
 
     tensors: Sequence[torch.Tensor]
     here: bool = True
 
+    @cached_property
+    def flat(self) -> Sequence[torch.Tensor]:
+        """The same, 1-D."""
+        return [tensor.detach().reshape(-1) for tensor in self.tensors]
+
 
 T = TypeVar("T")
-Fetch = Callable[[str, Arrivals], Iterator[tuple[int, "torch.Tensor | Sequence[torch.Tensor]"]]]
-"""Gives each bucket in turn: its number and its memory, or the elements of each of its pieces, which then lie in places
-of their own. Both are only lent until the next is asked for."""
+Arrived = tuple[int, "torch.Tensor | Landed"]
+"""A bucket: its number, and its memory (uint8, 1-D) or where its pieces are."""
+Fetch = Callable[[str, Arrivals], Iterator[Arrived]]
+"""Gives each bucket in turn. What does not stay where it is (`landing.Landed`) is lent until the next is asked for."""
 Open = Callable[[str, Arrivals], "Lent | None"]
 
 
@@ -377,7 +388,7 @@ class Receiver:
             if len(body) != (expected := update.buckets[index].nbytes):
                 raise VerificationError(f"bucket {index} has {len(body)} bytes, {expected} were announced")
             data = torch.frombuffer(bytearray(body), dtype=torch.uint8)
-            self._start(update, "stage", lambda: self._take(update, index, data))
+            self._start(update, "stage", lambda: self._take(update, [(index, data)]))
 
     def poll(self, id: str, hold: float = 0.0, linger: float = 0.0) -> dict[str, Any]:
         """How far the long work of this update is; raises what ended it. No sign of life: it does not renew, but the
@@ -673,21 +684,20 @@ class Receiver:
     def _fetch_all(self, update: _Update, address: str) -> None:
         staging = cast(HasPlaces, update.staging)  # asked only where it is one
 
-        def place(piece: Piece) -> torch.Tensor | None:
+        def places(bucket: Bucket) -> Sequence[torch.Tensor | None]:
             self._poison_what_is_overwritten(update)
-            return staging.place(piece)
+            return staging.places(bucket)
 
         arrivals = update.arrivals
         if isinstance(update.staging, HasPlaces):
-            arrivals = replace(arrivals, place=place)
+            arrivals = replace(arrivals, places=places)
         # What holds the trainer's memory is not to outlast this.
         ahead, update.ahead = update.ahead, None
         opened = ahead.result() if ahead else self._open_and_scan(address, arrivals, update.manifest)
         if opened.lent is not None:
             self._take_lent(update, arrivals, opened.lent, opened.scans)
             return
-        for index, data in self._fetch(address, arrivals):
-            self._take(update, index, data)
+        self._take_all(update, self._fetch(address, arrivals))
 
     def _open_and_scan(self, address: str, arrivals: Arrivals, manifest: Manifest) -> _Opened:
         with taking_turns():
@@ -699,10 +709,7 @@ class Receiver:
         self, update: _Update, arrivals: Arrivals, lent: Lent, scans: Sequence[Scan | Pending] | None
     ) -> None:
         if (not lent.here or update.manifest.staging == "none") and self._copies(update):
-            for index, data in pull(lent.tensors, update.buckets, arrivals.landing()):
-                if update.cancelled.is_set():
-                    return
-                self._take(update, index, data)
+            self._take_all(update, pull(lent.flat, update.buckets, arrivals.landing()))
             return
         # From here, also where the trainer's GPU is another one.
         scans = _scan_lent(lent.tensors) if scans is None else scans
@@ -714,16 +721,33 @@ class Receiver:
         room = self._target.room() - room_for(update.buckets)
         return isinstance(update.staging, TakesBuckets) and update.staging.copy_all(room)
 
-    def _take(self, update: _Update, index: int, data: torch.Tensor | Sequence[torch.Tensor]) -> None:
-        if index in update.received:
+    def _take_all(self, update: _Update, arriving: Iterable[Arrived]) -> None:
+        """Take what stays where it is by many buckets at a time: a launch for each keeps the interpreter from the
+        engine for longer than it saves."""
+        held: list[Arrived] = []
+        nbytes, since = 0, time.monotonic()
+        for index, data in arriving:
+            if update.cancelled.is_set():
+                return
+            held.append((index, data))
+            nbytes += update.buckets[index].nbytes
+            stays = isinstance(data, Landed) and data.stays
+            # By bytes, so that mostly the same are taken together as at the last update, and are known then.
+            if not stays or nbytes >= _TOGETHER_BYTES or time.monotonic() - since > _TOGETHER_SECONDS:
+                self._take(update, held)
+                held, nbytes, since = [], 0, time.monotonic()
+        self._take(update, held)
+
+    def _take(self, update: _Update, arrived: Sequence[Arrived]) -> None:
+        new = [(update.buckets[index], data) for index, data in arrived if index not in update.received]
+        if not new:
             return
         self._poison_what_is_overwritten(update)
-        bucket = update.buckets[index]
-        scans = _write(update, bucket, data) if isinstance(data, torch.Tensor) else _write_parts(update, bucket, data)
-        for piece, scanned in zip(bucket.pieces, scans, strict=True):
-            before = update.scans[piece.tensor]
-            update.scans[piece.tensor] = scanned if before is _NOTHING else scanned + before
-        self._arrived(update, (index,), update.scans)
+        for pieces, scans in _written(update, new):
+            for piece, scanned in zip(pieces, scans, strict=True):
+                before = update.scans[piece.tensor]
+                update.scans[piece.tensor] = scanned if before is _NOTHING else scanned + before
+        self._arrived(update, [bucket.index for bucket, _ in new], update.scans)
 
     def _poison_what_is_overwritten(self, update: _Update) -> None:
         if update.manifest.staging != "none" or update.overwrites:
@@ -870,6 +894,22 @@ def _scan_lent(tensors: Sequence[torch.Tensor]) -> Sequence[Scan | Pending]:
     return scan_tensors_any(tensors, device)
 
 
+def _written(
+    update: _Update, arrived: Sequence[tuple[Bucket, torch.Tensor | Landed]]
+) -> Iterator[tuple[Sequence[Piece], Sequence[Scan | Pending]]]:
+    """Have what buckets hold staged; pieces, and a scan of each."""
+    apart: list[tuple[Piece, torch.Tensor]] = []
+    for bucket, data in arrived:
+        if isinstance(data, torch.Tensor):
+            yield bucket.pieces, _write(update, bucket, data)
+        elif data.whole is not None:
+            yield bucket.pieces, _write(update, bucket, data.whole)
+        else:
+            cast(HasPlaces, update.staging).write_parts(bucket, data.parts)  # none but such has parts lie apart
+            apart += zip(bucket.pieces, data.parts, strict=True)
+    yield [piece for piece, _ in apart], scan_pieces_any([(part, piece.start) for piece, part in apart])
+
+
 def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan | Pending]:
     """Have what a bucket holds staged; a scan of each piece."""
     pieces = bucket.pieces
@@ -881,12 +921,6 @@ def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan
     left = [(p.offset, p.count, p.start, p.dtype) for p, scan in zip(pieces, found, strict=True) if scan is None]
     scans: Iterator[Scan | Pending] = iter(scan_runs_any(data, left))
     return [next(scans) if scanned is None else scanned for scanned in found]
-
-
-def _write_parts(update: _Update, bucket: Bucket, parts: Sequence[torch.Tensor]) -> Sequence[Scan | Pending]:
-    """The same of a bucket whose pieces lie apart."""
-    cast(HasPlaces, update.staging).write_parts(bucket, parts)  # none but such has parts lie apart
-    return scan_pieces_any([(part, piece.start) for part, piece in zip(parts, bucket.pieces, strict=True)])
 
 
 @contextlib.contextmanager

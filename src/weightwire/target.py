@@ -9,7 +9,7 @@ import torch
 
 from weightwire.revisions import Revision
 from weightwire.updates.boxes import Box
-from weightwire.updates.buckets import Bucket, Piece
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.digest import Digest, Scan
 from weightwire.updates.manifest import Manifest
 from weightwire.updates.receipt import Proof
@@ -81,8 +81,8 @@ class TakesBuckets(Protocol):
 class HasPlaces(Protocol):
     """A `Staging` on a GPU, in which pieces can arrive where they are to stay, so that nothing has to copy them."""
 
-    def place(self, piece: Piece) -> torch.Tensor | None:
-        """Memory for all of a piece, 1-D, of its tensor's dtype; None where it has to be taken apart."""
+    def places(self, bucket: Bucket) -> Sequence[torch.Tensor | None]:
+        """Memory for all of each of its pieces, 1-D, of its tensor's dtype; None where it has to be taken apart."""
 
     def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
         """`Staging.write` of each piece of a bucket, of which these are the elements; those that have a place are

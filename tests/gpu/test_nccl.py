@@ -20,7 +20,7 @@ from support.gpu import gpu, two_gpus
 from weightwire.receiver import Arrivals
 from weightwire.transports.base import Link
 from weightwire.transports.nccl import Nccl, fetch
-from weightwire.updates.buckets import Piece, cut
+from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.manifest import Manifest, TensorSpec
 
 pytestmark = [*gpu[:1], two_gpus]
@@ -74,16 +74,21 @@ def receive(address: str, own: dict[int, torch.Tensor]) -> list[torch.Tensor]:
     """What came, tensor by tensor; those in `own` come there by themselves."""
     torch.cuda.set_device(1)
 
-    def place(piece: Piece) -> torch.Tensor | None:
-        return piece.of(own[piece.tensor]) if piece.tensor in own else None
+    def places(bucket: Bucket) -> list[torch.Tensor | None]:
+        return [piece.of(own[piece.tensor]) if piece.tensor in own else None for piece in bucket.pieces]
 
     arrivals = Arrivals(
-        update="", rank=0, tensors=SPECS, buckets=cut(MANIFEST), lease=SECONDS, cancelled=threading.Event(), place=place
+        update="",
+        rank=0,
+        tensors=SPECS,
+        buckets=cut(MANIFEST),
+        lease=SECONDS,
+        cancelled=threading.Event(),
+        places=places,
     )
     found = [torch.zeros(shape, dtype=torch.bfloat16, device="cuda:1") for shape in SHAPES]
-    for index, data in fetch(address, arrivals):
-        for number, piece in enumerate(arrivals.buckets[index].pieces):
-            part = piece.within(data) if isinstance(data, torch.Tensor) else data[number]
+    for index, landed in fetch(address, arrivals):
+        for piece, part in zip(arrivals.buckets[index].pieces, landed.parts, strict=True):
             piece.of(found[piece.tensor]).copy_(part)
     torch.cuda.synchronize(1)
     return found

@@ -124,7 +124,11 @@ class Rank:
         staging.sent = [scan(raw) for raw in data]
         for bucket in cut(manifest):
             if placed:
-                parts = [staging.place(piece).copy_(piece.of(data[piece.tensor])) for piece in bucket.pieces]
+                places = staging.places(bucket)
+                parts = [
+                    place.copy_(piece.of(data[piece.tensor]))
+                    for piece, place in zip(bucket.pieces, places, strict=True)
+                ]
                 staging.write_parts(bucket, parts)
                 continue
             filled = torch.zeros(bucket.nbytes, dtype=torch.uint8)

@@ -54,8 +54,7 @@ def by_parts(staging, manifest, full):
     placed = []
     for bucket, data in buckets(manifest, full):
         parts = []
-        for piece in bucket.pieces:
-            own = staging.place(piece)
+        for piece, own in zip(bucket.pieces, staging.places(bucket), strict=True):
             parts.append(piece.within(data.clone()) if own is None else own.copy_(piece.within(data)))
             if own is not None:
                 placed.append(manifest.tensors[piece.tensor].name)
@@ -95,7 +94,7 @@ def test_what_is_cast_has_no_place():
     spec = msgspec.structs.replace(rank.specs[0], dtype="float32")
     manifest = Manifest(version=1, tensors=(spec, *rank.specs[1:]))
     staging = DeviceStaging(manifest, rank.plan, rank.places(), DEVICE, Tables(), Held())
-    assert staging.place(cut(manifest)[0].pieces[0]) is None
+    assert staging.places(cut(manifest)[0])[0] is None
 
 
 def test_buckets_of_several_pieces_go_where_they_belong(rank):

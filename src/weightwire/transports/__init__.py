@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weightwire.errors import TransportError, UsageError, WeightwireError
-from weightwire.receiver import Arrivals, Lent
+from weightwire.receiver import Arrivals, Arrived, Fetch, Lent
 from weightwire.transports import cuda_ipc, gloo, http, nccl, shm
 from weightwire.transports.base import BUCKET_BYTES, Lender, Link, Pushes, Sender, SendsParts, Transport, Wait, Weights
 
@@ -44,7 +44,7 @@ _MAKERS: dict[str, Callable[[Weights], Transport | Lender]] = {
     "gloo": lambda weights: gloo.Gloo(),
     "http": lambda weights: http.Http(),
 }
-_FETCH = {"nccl": nccl.fetch, "shm": shm.fetch, "gloo": gloo.fetch}
+_FETCH: dict[str, Fetch] = {"nccl": nccl.fetch, "shm": shm.fetch, "gloo": gloo.fetch}
 _OPEN = {"cuda-ipc": cuda_ipc.open_lent}
 _PROBE = {
     "cuda-ipc": cuda_ipc.probe,
@@ -131,7 +131,7 @@ def resolve(
     )
 
 
-def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor | Sequence[torch.Tensor]]]:
+def fetch(address: str, arrivals: Arrivals) -> Iterator[Arrived]:
     """The worker's half: every bucket from `address`, in order (`receiver.Fetch`)."""
     scheme = address.partition(":")[0]
     if scheme not in _FETCH:

@@ -12,7 +12,6 @@ broadcast is over, and aborts the group when its time is.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import secrets
 import time
 from collections import deque
@@ -36,10 +35,10 @@ __all__ = ["Nccl", "fetch", "probe"]
 _KEPT = "/kept"
 """Behind the address of a group that every rank is in already."""
 _AHEAD = 3  # buckets that the trainer has memory for: one is being sent, one waits, one is being filled
-_QUEUED = 8  # buckets at most that wait to be sent: a GPU takes a thousand launches, and then its caller has to wait
+_QUEUED = 8  # buckets at most that wait on a GPU: it takes a thousand launches, and then its caller has to wait
 _LAG_SECONDS = 1.0  # by which the trainer may see the end of a broadcast after the engine has committed it
 _LOOK_SECONDS = 0.0001  # between two looks at a broadcast, which takes less than a thousandth
-_GLANCE_SECONDS = 0.0003  # the same while the next one is under way: each look takes from the engine's own thread
+_GLANCE_SECONDS = 0.0003  # the same for each that is under way behind it: a look takes from the engine's own thread
 
 
 class _Group(NamedTuple):
@@ -174,7 +173,7 @@ _joined: list[_Group] = []
 """The one group that this worker is in, if any. Another trainer's replaces it."""
 
 
-def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor | Sequence[torch.Tensor]]]:
+def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, Landed]]:
     """Receive each bucket in turn, on the current stream; what is done with it there is done before its memory is used
     again."""
     place = Place.parse("nccl", address.removesuffix(_KEPT))
@@ -189,21 +188,20 @@ def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor 
     try:
         landing = arrivals.landing()
         coming: deque[tuple[Any, Landed]] = deque()
-        buckets = iter(arrivals.buckets)
-
-        def receive(bucket: Bucket) -> None:
-            landed = landing.of(bucket)
-            runs = landed.parts if landed.whole is None or bucket.apart else [landed.whole]
-            coming.append((broadcast(group, runs), landed))
-
-        for bucket in itertools.islice(buckets, BUFFERS - 1):
-            receive(bucket)
+        landings = ((bucket, landing.of(bucket)) for bucket in arrivals.buckets)
+        following = next(landings, None)
         for bucket in arrivals.buckets:
+            # As many as may be written to by now.
+            while following is not None:
+                ahead, landed = following
+                if ahead.index >= bucket.index + (_QUEUED if landed.stays else BUFFERS):
+                    break
+                runs = landed.parts if landed.whole is None or ahead.apart else [landed.whole]
+                coming.append((broadcast(group, runs), landed))
+                following = next(landings, None)
             work, landed = coming.popleft()
-            _wait(work, arrivals, _GLANCE_SECONDS if coming else _LOOK_SECONDS)
-            yield bucket.index, landed.data
-            for following in itertools.islice(buckets, 1):
-                receive(following)
+            _wait(work, arrivals, max(_LOOK_SECONDS, _GLANCE_SECONDS * len(coming)))
+            yield bucket.index, landed
         complete = True
     finally:
         if not complete:

@@ -29,6 +29,7 @@ _UNWATCHED = {
     "TORCH_NCCL_PROPAGATE_ERROR": "0",
 }
 _environment = threading.Lock()
+_KNOWN = {torch.uint8, torch.bfloat16, torch.float16, torch.float32}  # NCCL has not all dtypes
 
 
 def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any:
@@ -70,7 +71,7 @@ def make_group(store: Store, key: str, rank: int, world: int, wait: Wait) -> Any
 def broadcast(group: Any, parts: Sequence[torch.Tensor]) -> Any:
     """Each of these from the trainer to all, by one launch on the group's own stream. Every rank gives as many, of the
     same sizes; contiguous."""
-    runs = [part.view(torch.uint8) for part in parts]  # NCCL knows not all dtypes
+    runs = [part if part.dtype in _KNOWN else part.view(torch.uint8) for part in parts]
     group._start_coalescing()
     try:
         for run in runs:

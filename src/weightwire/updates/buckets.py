@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """Its elements in all of its tensor's, 1-D."""
-        return flat[self.start : self.start + self.count]
+        return flat if self.count == flat.numel() else flat[self.start : self.start + self.count]
 
 
 class Bucket(NamedTuple):

@@ -90,6 +90,14 @@ class Layout(NamedTuple):
     begins: Mapping[str, int]
 
 
+class Run(NamedTuple):
+    """Elements of a parameter as they lie in memory, from this one on."""
+
+    parameter: str
+    begin: int
+    count: int  # type: ignore[assignment]
+
+
 class _Memory(Mapping[str, torch.Tensor]):
     """Parameters in one piece of memory, each of the shape, strides and dtype of those that are live. Made when asked
     for: to make some hundreds takes longer than to receive the first buckets, and mostly nobody asks."""
@@ -109,14 +117,23 @@ class _Memory(Mapping[str, torch.Tensor]):
             self._made[name] = run.view(live.dtype).as_strided(live.shape, live.stride())
         return self._made[name]
 
-    def run(self, name: str, begin: int, count: int) -> torch.Tensor:
-        """Elements of one as they lie in memory, from that one on. By one call of torch: in each a thread lets go of
-        the interpreter, and while others use it waits to have it back, or keeps the engine's own from it."""
-        dtype = self._live[name][0].dtype
-        if dtype not in self._flat:
-            self._flat[dtype] = self._memory.view(dtype)
-        first = self._layout.begins[name] // dtype.itemsize + begin
-        return self._flat[dtype].narrow(0, first, count)
+    def runs(self, wanted: Sequence[Run]) -> list[torch.Tensor]:
+        """These elements as they lie in memory. By as few calls of torch as can be: in each a thread lets go of the
+        interpreter, and while others use it waits to have it back, or keeps the engine's own from it."""
+        dtypes = [self._live[name][0].dtype for name, _, _ in wanted]
+        found: dict[int, torch.Tensor] = {}
+        for dtype in {*dtypes}:
+            if dtype not in self._flat:
+                self._flat[dtype] = self._memory.view(dtype)
+            firsts = {
+                number: self._layout.begins[name] // dtype.itemsize + begin
+                for number, (name, begin, _) in enumerate(wanted)
+                if dtypes[number] == dtype
+            }
+            numbers = sorted(firsts, key=firsts.__getitem__)
+            runs = _cut_out(self._flat[dtype], [(firsts[number], wanted[number].count) for number in numbers])
+            found |= zip(numbers, runs, strict=True)
+        return [found[number] for number in range(len(wanted))]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layout.begins)
@@ -146,9 +163,8 @@ class Tables:
     layouts_of: object = None
     names: tuple[Plan, Mapping[str, torch.dtype], tuple[set[str], set[str], tuple[str, ...]]] | None = None
     """As `DeviceStaging._names` found them, and of what."""
-    places: dict[Piece, tuple[str, int] | None] = field(default_factory=dict)
-    """The parameter where all of a piece is, from this element on; None where it is in several places, or elsewhere.
-    Of the same plan as the layouts."""
+    places: dict[Piece, Run | None] = field(default_factory=dict)
+    """Where all of a piece is; None where it is in several places, or elsewhere. Of the same plan as the layouts."""
 
 
 Digests = npt.NDArray[np.uint64]
@@ -260,28 +276,32 @@ class DeviceStaging:
             kept[key] = BatchedCopy(self._moves(pieces), self._device)
         kept[key].run()
 
-    def place(self, piece: Piece) -> torch.Tensor | None:
+    def places(self, bucket: Bucket) -> Sequence[torch.Tensor | None]:
         """As `target.HasPlaces`."""
         self._allocate()
         kept = self._tables.places
-        if piece not in kept:
-            kept[piece] = self._find_place(piece)
-        if (found := kept[piece]) is None:
-            return None
-        name, begin = found
+        for piece in bucket.pieces:
+            if piece not in kept:
+                kept[piece] = self._find_place(piece)
+        found = [kept[piece] for piece in bucket.pieces]
+        wanted = [run for run in found if run is not None]
         if isinstance(self._staged, _Memory):
-            return self._staged.run(name, begin, piece.count)
-        memory = self._staged[name]
-        return memory.as_strided((piece.count,), (1,), memory.storage_offset() + begin)
+            made = iter(self._staged.runs(wanted))
+        else:
+            made = (
+                self._staged[name].as_strided((count,), (1,), self._staged[name].storage_offset() + begin)
+                for name, begin, count in wanted
+            )
+        return [None if run is None else next(made) for run in found]
 
-    def _find_place(self, piece: Piece) -> tuple[str, int] | None:
+    def _find_place(self, piece: Piece) -> Run | None:
         if piece.tensor in self._ingredients:
             return None
-        runs: Counter[tuple[str, int]] = Counter()
+        counts: Counter[tuple[str, int]] = Counter()
         for parameter, rows in self._rows(piece):
             if rows.count == 1 and parameter not in self._cast:
-                runs[parameter, rows.second - rows.first] += rows.width
-        return next((where for where, count in runs.items() if count == piece.count), None)
+                counts[parameter, rows.second - rows.first] += rows.width
+        return next((Run(*where, count) for where, count in counts.items() if count == piece.count), None)
 
     def copy_all(self, room: int) -> bool:
         """As `target.TakesBuckets`."""
@@ -293,7 +313,8 @@ class DeviceStaging:
 
     def lend(self, tensor: int, data: torch.Tensor) -> None:
         """The whole of a tensor, in memory that stays as it is until `discard`. It may be on another GPU."""
-        self._ingredients.write(tensor, 0, data.reshape(-1), self._allocated)
+        if tensor in self._ingredients:
+            self._ingredients.write(tensor, 0, data.reshape(-1), self._allocated)
         if any(copy.parameter in self._cast for copy in self._plan.copies[tensor]):
             self._copy_in(tensor, 0, data.reshape(-1))
         else:
@@ -430,6 +451,22 @@ class DeviceStaging:
         tables.live, tables.live_of = table_of(live, self._device)
         tables.parts, tables.parts_of = table_of(parts, self._device)
         tables.key = key
+
+
+def _cut_out(memory: torch.Tensor, runs: Sequence[tuple[int, int]]) -> Sequence[torch.Tensor]:
+    """Of 1-D memory runs of elements (first, count), in the order of the first.
+
+    >>> [run.tolist() for run in _cut_out(torch.arange(9), [(1, 2), (3, 1), (7, 2)])]
+    [[1, 2], [3], [7, 8]]
+    >>> [run.tolist() for run in _cut_out(torch.arange(9), [(1, 3), (2, 1)])]
+    [[1, 2, 3], [2]]
+    """
+    ends = [0, *(first + count for first, count in runs)]
+    gaps = [first - end for (first, _), end in zip(runs, ends, strict=False)]
+    if min(gaps, default=0) < 0:  # some overlap
+        return [memory.narrow(0, first, count) for first, count in runs]
+    sizes = [size for gap, (_, count) in zip(gaps, runs, strict=True) for size in (gap, count)]
+    return memory.split_with_sizes([*sizes, len(memory) - ends[-1]])[1::2]
 
 
 def warm_up(device: torch.device) -> None:

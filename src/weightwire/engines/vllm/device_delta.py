@@ -31,7 +31,7 @@ from weightwire.engines.vllm.device import (
 )
 from weightwire.errors import NonFinite, ShapeMismatch, UnsupportedError, VerificationError, VersionError
 from weightwire.updates.boxes import Rows, rows_of, strides_of
-from weightwire.updates.buckets import Bucket, Piece
+from weightwire.updates.buckets import Bucket
 from weightwire.updates.delta import DELTA_DTYPES, Heads
 from weightwire.updates.delta_cuda import Changes, decode_all, parse_all
 from weightwire.updates.digest import Digest, Scan
@@ -93,8 +93,8 @@ class DeviceDelta(ArrivingDelta):
         for piece in bucket.pieces:
             self.write(piece.tensor, piece.start, piece.within(data))
 
-    def place(self, piece: Piece) -> torch.Tensor:
-        return piece.of(self._bytes(piece.tensor))
+    def places(self, bucket: Bucket) -> list[torch.Tensor]:
+        return [piece.of(self._bytes(piece.tensor)) for piece in bucket.pieces]
 
     def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
         """Each of them has come to its place."""
