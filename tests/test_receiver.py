@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from support.cases import cases
+from weightwire import receiver as receiver_module
 from weightwire.errors import (
     BusyError,
     EngineError,
@@ -31,9 +32,10 @@ from weightwire.errors import (
     VersionError,
     WeightwireError,
 )
+from weightwire.landing import Landed
 from weightwire.receiver import Arrivals, Lent, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
-from weightwire.updates.buckets import cut
+from weightwire.updates.buckets import Bucket, cut
 from weightwire.updates.digest import Scan, scan, scan_and_copy
 from weightwire.updates.manifest import Adapter, Manifest, TensorSpec
 
@@ -743,6 +745,131 @@ def test_a_failed_check_ends_the_update_and_changes_nothing() -> None:
         receiver.poll("u")
     assert target.holds(OLD)
     assert receiver.status()["poisoned"] is None
+
+
+class PlacedStaging(FakeStaging):
+    """Where buckets arrive where they are to stay."""
+
+    def places(self, bucket: Bucket) -> list[torch.Tensor]:
+        return [piece.of(self.staged[piece.tensor]) for piece in bucket.pieces]
+
+    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        assert [part.data_ptr() for part in parts] == [place.data_ptr() for place in self.places(bucket)]
+
+
+class PlacedTarget(FakeTarget):
+    def prepare(self, manifest: Manifest) -> FakeStaging:
+        self.stagings.append(PlacedStaging(self, self.fails))
+        return self.stagings[-1]
+
+
+def arriving(version: int, stays: bool, before: Callable[[int, Arrivals], None] = lambda index, arrivals: None) -> Any:
+    """A fetch function that brings each bucket to its places; and at the end to none: it gives what was given out."""
+
+    def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, Landed]]:
+        for bucket in arrivals.buckets:
+            before(bucket.index, arrivals)
+            places: Any = arrivals.places(bucket)
+            for piece, place in zip(bucket.pieces, places, strict=True):
+                place.copy_(piece.of(values(version)[piece.tensor]))
+            parts = places if stays else [place.clone() for place in places]
+            yield bucket.index, Landed(parts, None, stays)
+            if not stays:
+                for part in parts:
+                    part.fill_(float("nan"))  # as the next bucket would, in memory that is used again
+
+    return fetch
+
+
+def scanned_by(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pieces each call scans, from now on."""
+    real, calls = receiver_module.scan_pieces_any, list[int]()
+    monkeypatch.setattr(receiver_module, "scan_pieces_any", lambda pieces: (calls.append(len(pieces)), real(pieces))[1])
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("together", "seconds", "calls"), [(1 << 30, 60, [3]), (BUCKET_BYTES, 60, [1, 2]), (1 << 30, -1, [1, 2])]
+)
+def test_what_stays_where_it_arrives_is_scanned_together_until_it_is_much_or_late(
+    monkeypatch: pytest.MonkeyPatch, together: int, seconds: float, calls: list[int]
+) -> None:
+    monkeypatch.setattr(receiver_module, "_TOGETHER_BYTES", together)
+    monkeypatch.setattr(receiver_module, "_TOGETHER_SECONDS", seconds)
+    found, target = scanned_by(monkeypatch), PlacedTarget()
+    receiver = make(target, arriving(1, stays=True))
+    receiver.begin("u", manifest_of(1), "trainer", LEASE, "x:")
+    assert [n for n in found if n] == calls
+    receiver.seal("u", digests(1))
+    receiver.commit("u")
+    assert target.holds(1)
+
+
+def test_what_is_only_lent_is_scanned_before_the_next_is_asked_for() -> None:
+    target = PlacedTarget()
+    target.prepare = lambda manifest: _Copying(target, None)  # type: ignore[method-assign]
+    receiver = make(target, arriving(1, stays=False))
+    receiver.begin("u", manifest_of(1), "trainer", LEASE, "x:")
+    receiver.seal("u", digests(1))
+    receiver.commit("u")
+    assert target.holds(1)
+
+
+class _Copying(PlacedStaging):
+    def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
+        assert not any(part.isnan().any() for part in parts)
+
+
+def test_what_arrives_after_an_abort_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, target = scanned_by(monkeypatch), PlacedTarget()
+
+    def abort(index: int, arrivals: Arrivals) -> None:
+        if index == 1:
+            arrivals.cancelled.set()
+
+    receiver = make(target, arriving(1, stays=True, before=abort))
+    receiver.begin("u", manifest_of(1), "trainer", LEASE, "x:")
+    assert not any(found)
+    assert receiver.poll("u")["received"] == 0
+
+
+class QueuingStaging(FakeStaging):
+    """Whose commit is over only once somebody has waited for it."""
+
+    def commit(self) -> None:
+        self._committing = super().commit
+
+    def finish(self) -> None:
+        time.sleep(0.05)
+        self._fail("finish")
+        self._committing()
+
+    def proof(self) -> dict[str, str]:
+        assert self._target.holds(1)
+        return super().proof()
+
+
+def test_a_commit_that_was_only_queued_is_waited_for_before_the_proof_and_counted() -> None:
+    target = FakeTarget()
+    target.prepare = lambda manifest: QueuingStaging(target, None)  # type: ignore[method-assign]
+    receiver = make(target)
+    sealed(receiver, 1)
+    assert receiver.commit("u")["seconds"]["commit"] < 0.05
+    proof = receiver.proof("u")
+    assert proof is not None
+    assert 0.05 <= proof["late"] < LEASE
+    assert receiver.status()["poisoned"] is None
+
+
+def test_a_queued_commit_that_fails_poisons() -> None:
+    target = FakeTarget()
+    target.prepare = lambda manifest: QueuingStaging(target, "finish")  # type: ignore[method-assign]
+    receiver = make(target)
+    sealed(receiver, 1)
+    receiver.commit("u")
+    with pytest.raises(RuntimeError, match="finish broke"):
+        receiver.proof("u")
+    assert "finish broke" in receiver.status()["poisoned"]
 
 
 def test_what_a_trainer_left_is_swept_when_it_is_silent_after_its_commit_or_before_it() -> None:

@@ -53,6 +53,7 @@ from weightwire.target import (
     DeltaStaging,
     Encoded,
     HasPlaces,
+    Queues,
     Staging,
     TakesBuckets,
     Target,
@@ -161,6 +162,7 @@ class _Update:
     fetching: Future[None] | None = None
     ready: bool = False
     sealed: bool = False
+    committed: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)
     followed: threading.Event = field(default_factory=threading.Event)
     """Set once nobody is waited for any more that might send another."""
@@ -482,6 +484,7 @@ class Receiver:
                 update.staging.commit()
             except BaseException as error:
                 raise self._failed(update, error) from error
+            update.committed = time.perf_counter()
             self._undo = (id, update.delta, self._version) if update.delta else None
             if update.revision is None:
                 self._version = update.manifest.version
@@ -503,7 +506,7 @@ class Receiver:
                 "transport": (update.address or "http:").partition(":")[0],
                 "tensors": len(update.manifest.tensors),
                 "nbytes": update.manifest.nbytes,
-                "seconds": {**update.seconds, "commit": time.perf_counter() - started},
+                "seconds": {**update.seconds, "commit": update.committed - started},
                 "digests": dict(zip(names, encoded or update.known.hexes(), strict=True)),
                 "adapter": update.revision and update.revision.label,
             }
@@ -557,8 +560,9 @@ class Receiver:
             self._undo = None
 
     def proof(self, id: str, linger: float = 0.0) -> dict[str, Any] | None:
-        """`proven`: how each live parameter was, of an adapter each module that it is bound to; and `held`, of an
-        adapter. None while that is still being found out, which is said up to `linger` seconds later."""
+        """`proven`: how each live parameter was, of an adapter each module that it is bound to; `held`, of an adapter;
+        and `late`, by how many seconds it was live after `commit` had returned. None while that is still being found
+        out, which is said up to `linger` seconds later."""
         if self._proofs is None or self._proofs[0] != id:
             raise UpdateNotFound(f"update {id} is not the last one committed")
         job = self._proofs[1]
@@ -795,8 +799,13 @@ class Receiver:
 
     def _prove(self, update: _Update) -> dict[str, Any]:
         try:
+            late = 0.0
+            if isinstance(update.staging, Queues):
+                update.staging.finish()
+                late = time.perf_counter() - update.committed
             held = update.adapter and update.adapter.held()
-            return {"proven": update.staging.proof(), "held": held, "computed": [*computed_by(update.staging)]}
+            proven = update.staging.proof()
+            return {"proven": proven, "held": held, "computed": [*computed_by(update.staging)], "late": late}
         except WeightwireError as error:
             self.poison(str(error))
             raise

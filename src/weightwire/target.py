@@ -20,6 +20,7 @@ __all__ = [
     "DeltaStaging",
     "Encoded",
     "HasPlaces",
+    "Queues",
     "Staging",
     "TakesBuckets",
     "Target",
@@ -53,7 +54,8 @@ class Staging(Protocol):
         of it. Called there, between two model steps, while buckets arrive and after `seal`."""
 
     def commit(self) -> None:
-        """Make it live. Called on the engine's own thread, between two model steps, with generation paused."""
+        """Make it live. Called on the engine's own thread, between two model steps, with generation paused. It may only
+        be queued on a GPU, in front of whatever the engine does next (`Queues`)."""
 
     def proof(self) -> dict[str, Proof]:
         """After `commit`: each live parameter bound, and how it was shown to be right (`updates.receipt.Proof`).
@@ -87,6 +89,15 @@ class HasPlaces(Protocol):
     def write_parts(self, bucket: Bucket, parts: Sequence[torch.Tensor]) -> None:
         """`Staging.write` of each piece of a bucket, of which these are the elements; those that have a place are
         there."""
+
+
+@runtime_checkable
+class Queues(Protocol):
+    """A `Staging` whose `commit` does not wait for the GPU: while weights are copied, the engine can make the next step
+    ready."""
+
+    def finish(self) -> None:
+        """Wait until what `commit` has queued is done."""
 
 
 @runtime_checkable

@@ -276,6 +276,31 @@ def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None
     asyncio.run(run())
 
 
+class Queued(Staged):
+    """Whose commit is still on its way when the engine goes on."""
+
+    def finish(self) -> None:
+        time.sleep(0.2)
+
+
+def test_an_engine_stands_still_until_the_last_rank_has_the_weights(host: FakeHost) -> None:
+    rank = host.ranks[1]
+    rank.prepare = lambda manifest: Queued(rank)  # type: ignore[method-assign]
+    receipt = asyncio.run(update(Control(host), 7))
+    assert receipt.pause >= 0.2
+    assert receipt.seconds["commit"] >= 0.2
+    assert receipt.seconds["verify"] >= 0
+
+
+def test_a_busy_engine_is_asked_less_often(host: FakeHost) -> None:
+    pauses = Control(host)._pauses()
+    busy = [next(pauses) for _ in range(8)]
+    assert (busy[0], busy[-1]) == (0.004, 0.02)
+    assert busy == sorted(busy)
+    host.idle = True
+    assert next(pauses) == 0.001
+
+
 async def eventually(happened: Callable[[], bool]) -> None:
     async with asyncio.timeout(SECONDS):
         while not happened():
@@ -387,7 +412,7 @@ def test_what_comes_after_an_abort_is_written_nowhere(host: FakeHost) -> None:
         assert update is not None
         await control.abort(id, SECONDS)
         with pytest.raises(TransportError, match="aborted before anything was written"):
-            receiver._take(update, 0, torch.ones(4096, dtype=torch.uint8))
+            receiver._take(update, [(0, torch.ones(4096, dtype=torch.uint8))])
         assert (host.live(), host.states(), host.paused) == ([0.0] * 3, {"idle"}, False)
 
     asyncio.run(run())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from weightwire.landing import Landing
+from weightwire.receiver import Arrivals
 from weightwire.transports import nccl, nccl_group
 from weightwire.updates.buckets import cut
 from weightwire.updates.manifest import Manifest, TensorSpec
@@ -70,3 +73,34 @@ def test_a_broadcast_that_fails_leaves_no_launch_open() -> None:
     with pytest.raises(RuntimeError, match="NCCL broke"):
         nccl_group.broadcast(group, [torch.zeros(2), torch.zeros(2)])
     assert group.open == 0
+
+
+def test_what_nccl_does_not_know_travels_as_bytes() -> None:
+    group = Group()
+    nccl_group.broadcast(group, [torch.zeros(2, dtype=getattr(torch, name)) for name in ("bfloat16", "int16", "int64")])
+    assert [(sent.dtype, sent.numel()) for sent in group.sent] == [
+        (torch.bfloat16, 2),
+        (torch.uint8, 4),
+        (torch.uint8, 16),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("placed", "depths"), [(True, [8, 9, 10, 11, 12, 12, 12, 12, 12, 12, 12, 12]), (False, [3, *range(4, 13), 12, 12])]
+)
+def test_as_much_is_asked_for_ahead_as_has_memory(
+    monkeypatch: pytest.MonkeyPatch, placed: bool, depths: list[int]
+) -> None:
+    """How many buckets have been asked for once each is used; where all have places, as many as a GPU may queue."""
+    specs = tuple(TensorSpec(name=f"w{n}", dtype="uint8", shape=(LARGE,)) for n in range(12))
+    buckets = cut(Manifest(version=1, tensors=specs, bucket_bytes=LARGE))
+    own, group = torch.zeros(12, LARGE, dtype=torch.uint8), Group()
+    places: Any = (lambda bucket: [own[bucket.index]]) if placed else (lambda bucket: [None])
+    arrivals = Arrivals(
+        update="", rank=0, tensors=specs, buckets=buckets, lease=60.0, cancelled=threading.Event(), places=places
+    )
+    monkeypatch.setattr(Arrivals, "landing", lambda self: Landing(self.buckets, self.places, torch.device("cpu")))
+    monkeypatch.setattr(nccl, "_wait", lambda work, arrivals, pause: None)
+    monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
+    found = [(index, len(group.sent)) for index, _ in nccl.fetch("nccl:host:1/key/1/2/kept", arrivals)]
+    assert found == [*enumerate(depths)]

@@ -10,8 +10,6 @@ import ipaddress
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from weightwire.errors import TransportError, UsageError, WeightwireError
 from weightwire.receiver import Arrivals, Arrived, Fetch, Lent
 from weightwire.transports import cuda_ipc, gloo, http, nccl, shm

@@ -213,6 +213,7 @@ class DeviceStaging:
         self._lent: dict[int, int] = {}
         self._staged: Mapping[str, torch.Tensor] = {}
         self._regions: list[Region] = []
+        self._copied: torch.cuda.Event | None = None
         self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
         self._cast, cast, self._all = self._names()
@@ -345,10 +346,17 @@ class DeviceStaging:
         self._held.take(None, None)
         if self._manifest.staging != "none" and self._tables.copies is not None:
             self._tables.copies.run()
-        # What the trainer lent is its own again once this returns.
-        synchronize(self._device)
+        if self._device.type == "cuda":
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+    def finish(self) -> None:
+        """As `target.Queues`. What the trainer lent is its own again once this returns."""
+        if self._copied is not None:
+            self._copied.synchronize()
 
     def proof(self) -> dict[str, Proof]:
+        self.finish()
         found = totals(scanned(self._tables.live), self._tables.live_of, len(self._regions))
         wrong = parameters_of(self._regions, (found != self._expected).any(axis=1))
         if wrong:
