@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from support.scripts import last_json
 from support.staging import Updates
 from weightwire.cli.serve import _KEEP_MEMORY
+from weightwire.engines.vllm import target
 from weightwire.engines.vllm.layout import Slot
 from weightwire.engines.vllm.spare import Spare
 
@@ -142,3 +144,9 @@ def test_where_the_live_memory_is_shared_the_staged_one_is_kept(undoable: bool) 
         slot.commit()
     assert torch.equal(other.weight, torch.ones(4, 8))
     assert _kept(*slots) == [staged]
+
+
+@pytest.mark.parametrize(("backend", "same"), [("uni", True), ("mp", True), ("ray", False), (None, False)])
+def test_where_workers_answer_in_the_thread_that_runs_model_steps(backend: str | None, same: bool) -> None:
+    config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend))
+    assert target._in_one_thread(config) is same

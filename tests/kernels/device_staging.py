@@ -243,6 +243,19 @@ def test_what_a_loader_computes_is_staged_and_read_back(few_rows, how, staging, 
         del kept
 
 
+@pytest.mark.parametrize("queues", [True, False])
+def test_a_commit_is_waited_for_where_the_engine_may_not_come_behind_it(rank, monkeypatch, queues):
+    manifest, full, finished = Manifest(version=1, tensors=rank.specs), weights(21), []
+    staging = DeviceStaging(manifest, rank.plan, rank.places(), DEVICE, Tables(), Held(), queues=queues)
+    by_buckets(staging, manifest, full)
+    staging.seal([scan(tensor) for tensor in full.values()])
+    monkeypatch.setattr(DeviceStaging, "finish", lambda self: finished.append("waited"))
+    staging.commit()
+    assert len(finished) == (not queues)
+    staging.proof()
+    assert len(finished) == 1 + (not queues)
+
+
 def test_what_is_lent_needs_memory_for_what_is_computed_alone(few_rows):
     rank = ComputingRank()
     sizes = {kind: rank.begin(rank.weights(1), staging=kind)[1].nbytes for kind in ("copy", "lent")}

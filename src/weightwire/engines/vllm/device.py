@@ -194,7 +194,8 @@ class Held:
 
 class DeviceStaging:
     """One update on one rank. `live` has the tensors of each parameter of the plan, each memory once. What is live and
-    proven in the end is noted in `held`. A plan with computed parameters needs the twin that it was recorded on."""
+    proven in the end is noted in `held`. A plan with computed parameters needs the twin that it was recorded on.
+    `queues`: whether all that the engine does after a commit comes behind it on the GPU."""
 
     def __init__(
         self,
@@ -205,6 +206,7 @@ class DeviceStaging:
         tables: Tables,
         held: Held,
         twin: torch.nn.Module | None = None,
+        queues: bool = False,
     ) -> None:
         self._manifest, self._plan, self._live, self._device, self._tables = manifest, plan, live, device, tables
         self._held = held
@@ -213,6 +215,7 @@ class DeviceStaging:
         self._lent: dict[int, int] = {}
         self._staged: Mapping[str, torch.Tensor] = {}
         self._regions: list[Region] = []
+        self._queues = queues
         self._copied: torch.cuda.Event | None = None
         self._ingredients = Ingredients(twin, manifest, plan.computed)
         self.computed = self._ingredients.parameters
@@ -349,6 +352,8 @@ class DeviceStaging:
         if self._device.type == "cuda":
             self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._copied.record()
+        if not self._queues:
+            self.finish()
 
     def finish(self) -> None:
         """As `target.Queues`. What the trainer lent is its own again once this returns."""

@@ -110,7 +110,14 @@ class VllmTarget:
             )
         self._tables, self._held = self._tables or Tables(), self._held or Held()
         return DeviceStaging(
-            manifest, plan, self._live(), self._worker.device, self._tables, self._held, twin=self._twin
+            manifest,
+            plan,
+            self._live(),
+            self._worker.device,
+            self._tables,
+            self._held,
+            twin=self._twin,
+            queues=_in_one_thread(self._worker.vllm_config),
         )
 
     def _live(self) -> dict[str, list[torch.Tensor]]:
@@ -209,6 +216,11 @@ def _nothing_to_start_from() -> VersionError:
         "this worker has no copy of the weights that a delta could start from",
         next_step="Publish everything first, from a Publisher with a baseline.",
     )
+
+
+def _in_one_thread(vllm_config: Any) -> bool:
+    """Whether workers answer our calls in the thread that runs model steps, and so on its stream: not so in Ray."""
+    return vllm_config.parallel_config.distributed_executor_backend in ("uni", "mp")
 
 
 def _plan_key(manifest: Manifest) -> object:
