@@ -415,7 +415,7 @@ def main() -> None:
                 except ww.WeightwireError as error:
                     print(f"{way}: {error!r}", file=sys.stderr, flush=True)
     if "load" in args.ways:
-        keep("load", load(args.updates, args.lengths, args.transports, args.compilation))
+        keep("load", load(args.updates, args.lengths, [*dict.fromkeys(args.transports)], args.compilation))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ from weightwire.errors import (
     StateError,
     TransportError,
     UnknownTensor,
+    UnsupportedError,
     UpdateNotFound,
     UsageError,
     VerificationError,
     VersionError,
     WeightwireError,
 )
+from weightwire.interpreter import collecting_later
 from weightwire.landing import Landed
 from weightwire.receiver import Arrivals, Lent, Receiver, decode_reply, encode_call
 from weightwire.revisions import Revision
@@ -833,16 +835,44 @@ def test_what_arrives_after_an_abort_is_not_taken(monkeypatch: pytest.MonkeyPatc
     assert receiver.poll("u")["received"] == 0
 
 
+def test_what_is_fetched_by_is_closed_at_once_when_taking_fails() -> None:
+    """An error that is kept keeps the frames that it went through, until a garbage collection long after."""
+    closed: list[str] = []
+
+    def fetch(address: str, arrivals: Arrivals) -> Iterator[tuple[int, torch.Tensor]]:
+        try:
+            for bucket in arrivals.buckets:
+                yield bucket.index, torch.zeros(bucket.nbytes, dtype=torch.uint8)
+        finally:
+            closed.append(address)
+
+    class Refusing(FakeStaging):
+        def write(self, tensor: int, start: int, data: torch.Tensor) -> Scan | None:
+            raise UnsupportedError("not this")
+
+    target = FakeTarget()
+    target.prepare = lambda manifest: Refusing(target, None)  # type: ignore[method-assign]
+    receiver = make(target, fetch)
+    with collecting_later():
+        receiver.begin("u", manifest_of(1), "trainer", LEASE, "x:")
+        with pytest.raises(UnsupportedError, match="not this"):
+            receiver.poll("u")
+        assert closed == ["x:"]
+
+
 class QueuingStaging(FakeStaging):
     """Whose commit is over only once somebody has waited for it."""
+
+    queued = True
 
     def commit(self) -> None:
         self._committing = super().commit
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         time.sleep(0.05)
         self._fail("finish")
         self._committing()
+        return self.queued
 
     def proof(self) -> dict[str, str]:
         assert self._target.holds(1)
@@ -859,6 +889,16 @@ def test_a_commit_that_was_only_queued_is_waited_for_before_the_proof_and_counte
     assert proof is not None
     assert 0.05 <= proof["late"] < LEASE
     assert receiver.status()["poisoned"] is None
+
+
+def test_a_commit_that_was_over_is_not_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(QueuingStaging, "queued", False)
+    target = FakeTarget()
+    target.prepare = lambda manifest: QueuingStaging(target, None)  # type: ignore[method-assign]
+    receiver = make(target)
+    sealed(receiver, 1)
+    receiver.commit("u")
+    assert (receiver.proof("u") or {})["late"] == 0
 
 
 def test_a_queued_commit_that_fails_poisons() -> None:

@@ -18,7 +18,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -729,18 +729,24 @@ class Receiver:
         """Take what stays where it is by many buckets at a time: a launch for each keeps the interpreter from the
         engine for longer than it saves."""
         held: list[Arrived] = []
-        nbytes, since = 0, time.monotonic()
-        for index, data in arriving:
-            if update.cancelled.is_set():
-                return
-            held.append((index, data))
-            nbytes += update.buckets[index].nbytes
-            stays = isinstance(data, Landed) and data.stays
-            # By bytes, so that mostly the same are taken together as at the last update, and are known then.
-            if not stays or nbytes >= _TOGETHER_BYTES or time.monotonic() - since > _TOGETHER_SECONDS:
-                self._take(update, held)
-                held, nbytes, since = [], 0, time.monotonic()
-        self._take(update, held)
+        nbytes, since, most = 0, time.monotonic(), min(_TOGETHER_SECONDS, update.lease / 4)
+        try:
+            for index, data in arriving:
+                if update.cancelled.is_set():
+                    return
+                held.append((index, data))
+                nbytes += update.buckets[index].nbytes
+                stays = isinstance(data, Landed) and data.stays
+                # By bytes, so that mostly the same are taken together as at the last update, and are known then.
+                if not stays or nbytes >= _TOGETHER_BYTES or time.monotonic() - since > most:
+                    self._take(update, held)
+                    held, nbytes, since = [], 0, time.monotonic()
+            self._take(update, held)
+        finally:
+            # At once: what is still on its way must not come to memory that others have by then. An error that is kept
+            # would keep this frame, and with it what it fetches by.
+            if isinstance(arriving, Generator):
+                arriving.close()
 
     def _take(self, update: _Update, arrived: Sequence[Arrived]) -> None:
         new = [(update.buckets[index], data) for index, data in arrived if index not in update.received]
@@ -800,8 +806,7 @@ class Receiver:
     def _prove(self, update: _Update) -> dict[str, Any]:
         try:
             late = 0.0
-            if isinstance(update.staging, Queues):
-                update.staging.finish()
+            if isinstance(update.staging, Queues) and update.staging.finish():
                 late = time.perf_counter() - update.committed
             held = update.adapter and update.adapter.held()
             proven = update.staging.proof()

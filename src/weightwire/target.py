@@ -96,8 +96,8 @@ class Queues(Protocol):
     """A `Staging` whose `commit` does not wait for the GPU: while weights are copied, the engine can make the next step
     ready."""
 
-    def finish(self) -> None:
-        """Wait until what `commit` has queued is done."""
+    def finish(self) -> bool:
+        """Wait until what `commit` has queued is done; whether it had."""
 
 
 @runtime_checkable

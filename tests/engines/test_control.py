@@ -12,7 +12,7 @@ import msgspec
 import pytest
 import torch
 
-from weightwire.engines.control import AtOnce, Control
+from weightwire.engines.control import AtOnce, Control, _Applied
 from weightwire.errors import (
     BusyError,
     DeadlineError,
@@ -279,8 +279,9 @@ def test_every_rank_gets_it_and_the_weakest_proof_counts(host: FakeHost) -> None
 class Queued(Staged):
     """Whose commit is still on its way when the engine goes on."""
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         time.sleep(0.2)
+        return True
 
 
 def test_an_engine_stands_still_until_the_last_rank_has_the_weights(host: FakeHost) -> None:
@@ -292,10 +293,23 @@ def test_an_engine_stands_still_until_the_last_rank_has_the_weights(host: FakeHo
     assert receipt.seconds["verify"] >= 0
 
 
+@pytest.mark.parametrize(("late", "pause", "verify"), [(0.5, 1.0, 2.0), (1.0, 1.25, 1.75), (9.0, 9.25, 0.0)])
+def test_what_the_engine_stood_anyway_is_not_counted_twice(
+    host: FakeHost, late: float, pause: float, verify: float
+) -> None:
+    """It stood for a second, three quarters of it after the commit; the receipt was made two seconds later."""
+    part = {"version": 7, "kind": "dense", "transport": "shm", "tensors": 1, "nbytes": 4, "stood": 0.0, "digests": {},
+            "adapter": None, "seconds": {"begin": 0.0, "stage": 0.0, "seal": 0.0, "commit": 0.125}}  # fmt: skip
+    proof = {"proven": {}, "held": None, "computed": [], "late": late}
+    receipt = Control(host)._receipt(_Applied([part], 1.0, 0.75), 2.0, [proof])
+    assert (receipt.pause, receipt.seconds["verify"]) == (pause, verify)
+    assert receipt.seconds["commit"] == 0.125 + late
+
+
 def test_a_busy_engine_is_asked_less_often(host: FakeHost) -> None:
     pauses = Control(host)._pauses()
     busy = [next(pauses) for _ in range(8)]
-    assert (busy[0], busy[-1]) == (0.004, 0.02)
+    assert (*busy[:2], busy[-1]) == (0.001, 0.004, 0.02)
     assert busy == sorted(busy)
     host.idle = True
     assert next(pauses) == 0.001

@@ -1,6 +1,8 @@
 """Whole models into live parameters by the copy plan: from buckets by one launch each, and again from kept tables; and
 by a model's own loader, where it computes."""
 
+import threading
+
 import msgspec
 import pytest
 import torch
@@ -254,6 +256,20 @@ def test_a_commit_is_waited_for_where_the_engine_may_not_come_behind_it(rank, mo
     assert len(finished) == (not queues)
     staging.proof()
     assert len(finished) == 1 + (not queues)
+    staging.discard()
+    assert len(finished) == 2 + (not queues)
+
+
+def test_a_commit_from_another_thread_than_the_engines_is_waited_for(rank, monkeypatch):
+    finished = []
+    staging = DeviceStaging(
+        Manifest(version=1, tensors=rank.specs), rank.plan, rank.places(), DEVICE, Tables(), Held(), queues=True
+    )
+    monkeypatch.setattr(DeviceStaging, "finish", lambda self: finished.append("waited"))
+    thread = threading.Thread(target=staging.commit)
+    thread.start()
+    thread.join()
+    assert finished == ["waited"]
 
 
 def test_what_is_lent_needs_memory_for_what_is_computed_alone(few_rows):

@@ -104,3 +104,24 @@ def test_as_much_is_asked_for_ahead_as_has_memory(
     monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
     found = [(index, len(group.sent)) for index, _ in nccl.fetch("nccl:host:1/key/1/2/kept", arrivals)]
     assert found == [*enumerate(depths)]
+
+
+def test_no_memory_is_asked_for_that_is_not_used_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some buckets have places and some have not, in turn."""
+    count = 20
+    specs = tuple(TensorSpec(name=f"w{n}", dtype="uint8", shape=(LARGE,)) for n in range(count))
+    buckets = cut(Manifest(version=1, tensors=specs, bucket_bytes=LARGE))
+    own, group = torch.zeros(count, LARGE, dtype=torch.uint8), Group()
+    asked: list[int] = []
+    group.broadcast = lambda tensors, _: asked.append(tensors[0].data_ptr())  # type: ignore[method-assign]
+    arrivals = Arrivals(
+        update="", rank=0, tensors=specs, buckets=buckets, lease=60.0, cancelled=threading.Event(),
+        places=lambda bucket: [own[bucket.index] if bucket.index % 3 else None],
+    )  # fmt: skip
+    monkeypatch.setattr(Arrivals, "landing", lambda self: Landing(self.buckets, self.places, torch.device("cpu")))
+    monkeypatch.setattr(nccl, "_wait", lambda work, arrivals, pause: None)
+    monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
+    for index, landed in nccl.fetch("nccl:host:1/key/1/2/kept", arrivals):
+        assert asked[index] == landed.parts[0].data_ptr()
+        assert asked[index] not in asked[index + 1 :]  # else what comes next is written over what is used now
+    assert len(asked) == count

@@ -90,11 +90,20 @@ class Host(Protocol):
 
 class AtOnce(NamedTuple):
     """Every rank's answer to the call that seals, none if nothing was to be sealed; to "commit", None if that was not
-    called; and how many seconds the engine stood still."""
+    called; how many seconds the engine stood still, and how many of them after these answers."""
 
     sealed: list[bytes]
     committed: list[bytes] | None
     stood: float
+    after: float = 0.0
+
+
+class _Applied(NamedTuple):
+    """What each rank says of its commit, how many seconds the engine stood still, and how many of them after that."""
+
+    parts: list[dict[str, Any]]
+    stood: float
+    after: float
 
 
 @runtime_checkable
@@ -297,13 +306,12 @@ class Control:
         if kind == "adapter":
             return await self._commit_adapter(id, deadline)
         async with self._or_poisoned(id):
-            parts, paused = await self._apply_at_once(id, pause, keep_cache, deadline, found)
-            if parts is None:
-                parts, paused = await self._apply_step_by_step(id, pause, keep_cache, deadline)
+            applied = await self._apply_at_once(id, pause, keep_cache, deadline, found)
+            if applied is None:
+                applied = await self._apply_step_by_step(id, pause, keep_cache, deadline)
             resumed = time.monotonic()
             proofs = await self._prove(id, deadline)
-        stood = max(part["stood"] for part in parts)
-        receipt = self._receipt(parts, max(paused, stood), time.monotonic() - resumed, proofs)
+        receipt = self._receipt(applied, time.monotonic() - resumed, proofs)
         await self._record(id, receipt)
         return receipt
 
@@ -364,7 +372,7 @@ class Control:
                 await self._clean_up("abort", id=id, reason="another rank could not keep it")
                 raise
             await self._list([part["adapters"] for part in parts])
-        receipt = self._receipt(parts, 0.0, 0.0, [part["proof"] for part in parts])
+        receipt = self._receipt(_Applied(parts, 0.0, 0.0), 0.0, [part["proof"] for part in parts])
         await self._record(id, receipt)
         return receipt
 
@@ -388,11 +396,10 @@ class Control:
 
     async def _apply_at_once(
         self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float, found: AtOnce | None
-    ) -> tuple[list[dict[str, Any]] | None, float]:
-        """What each rank says of its commit, and how long the engine stood still; None where that takes several
-        questions. `found`: if they were asked already."""
+    ) -> _Applied | None:
+        """None where that takes several questions. `found`: if they were asked already."""
         if not isinstance(self.host, CommitsAtOnce):
-            return None, 0.0
+            return None
         self._ended.add(id)  # if the engine stands still for this update since it began, it will not any more
         if found is None:
             asking = self.host.commit_at_once(pause, keep_cache, encode_call(id=id))
@@ -405,8 +412,7 @@ class Control:
                 raise
         if found is None or found.committed is None:
             self._ended.discard(id)
-            return None, 0.0
-        stood = found.stood
+            return None
         try:
             parts = self._answers(found.committed, "commit")
         except BaseException as error:
@@ -415,33 +421,34 @@ class Control:
             raise
         if not any(part["stood"] for part in parts):
             self._ended.discard(id)
-        return parts, stood
+        return _Applied(parts, found.stood, found.after)
 
-    async def _apply_step_by_step(
-        self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float
-    ) -> tuple[list[dict[str, Any]], float]:
+    async def _apply_step_by_step(self, id: str, pause: Pause, keep_cache: KeepCache, deadline: float) -> _Applied:
         started = time.monotonic()
         await self._in_time(self.host.pause(pause, keep_cache), deadline - time.monotonic(), "pause")
-        parts = await self._apply(id, deadline)
+        parts, committed = await self._apply(id, deadline)
         if any(part["stood"] for part in parts):
             self._ended.add(id)
         await self._in_time(self.host.resume(), max(deadline - time.monotonic(), _CLEAN_UP_SECONDS), "commit")
-        return parts, time.monotonic() - started
+        resumed = time.monotonic()
+        return _Applied(parts, resumed - started, resumed - committed)
 
     async def _take_back(self, id: str, error: BaseException) -> None:
         """Some ranks may hold the new version, or outputs would bear the wrong one."""
         await self._clean_up("take_back", id=id, reason=f"a commit failed: {error}")
 
-    async def _apply(self, id: str, deadline: float) -> list[dict[str, Any]]:
+    async def _apply(self, id: str, deadline: float) -> tuple[list[dict[str, Any]], float]:
+        """What each rank says, and when they had said it."""
         try:
             parts = await self._all("commit", deadline - time.monotonic(), id=id)
+            committed = time.monotonic()
             # It is live: what is left to do gets its time, so that the engine stays neither paused nor mislabelled.
             left = max(deadline - time.monotonic(), _CLEAN_UP_SECONDS)
             await self._in_time(self.host.label(parts[0]["version"]), left, "commit")
         except BaseException as error:
             await self._take_back(id, error)
             raise
-        return parts
+        return parts, committed
 
     async def _after_failed_commit(self, id: str) -> str | None:
         """Refuse to generate, and say why, or go on with what was served before. Only the workers know which."""
@@ -481,16 +488,17 @@ class Control:
             # An `LLM` of this process takes one call at a time, and the next may be the trainer's own.
             await recorded
 
-    def _receipt(
-        self, parts: list[dict[str, Any]], paused: float, verifying: float, proofs: list[dict[str, Any]]
-    ) -> EngineReceipt:
-        # A phase takes as long as its slowest rank. With the last copy on its way the engine counts as standing still.
+    def _receipt(self, applied: _Applied, verifying: float, proofs: list[dict[str, Any]]) -> EngineReceipt:
+        parts = applied.parts
+        # A phase takes as long as its slowest rank. While the last copy is on its way the engine counts as standing.
         seconds = {phase: max(part["seconds"][phase] for part in parts) for phase in parts[0]["seconds"]}
         late = max(proof["late"] for proof in proofs)
+        left = max(late - applied.after, 0.0)
+        stood = max(applied.stood, *(part["stood"] for part in parts)) + left
         seconds["commit"] += late
-        seconds["verify"] = max(verifying - late, 0.0)
+        seconds["verify"] = max(verifying - left, 0.0)
         return msgspec.convert(
-            {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": paused + late,
+            {**parts[0], "engine": self.host.name, "ranks": len(parts), "seconds": seconds, "pause": stood,
              "proven": weakest(proof["proven"] for proof in proofs),
              "computed": sorted({name for proof in proofs for name in proof["computed"]}),
              "held": [proof["held"] for proof in proofs if proof["held"] is not None]}, EngineReceipt,
@@ -573,7 +581,9 @@ class Control:
             raise
 
     def _pauses(self) -> Iterator[float]:
-        """Seconds until each next question. A busy engine answers between two steps, and takes some 0.3 ms for it."""
+        """Seconds until each next question. A busy engine answers between two steps, and takes some 0.3 ms for it; one
+        that answers beside its steps, which is not known here, has mostly done all by the second."""
+        yield 0.001
         busy = 0.004
         while True:
             yield 0.001 if self.host.idle else busy

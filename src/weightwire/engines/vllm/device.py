@@ -8,6 +8,8 @@ computes, are staged then. With `staging="none"` what arrives goes into the live
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -347,18 +349,24 @@ class DeviceStaging:
 
     def commit(self) -> None:
         self._held.take(None, None)
-        if self._manifest.staging != "none" and self._tables.copies is not None:
-            self._tables.copies.run()
-        if self._device.type == "cuda":
-            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-            self._copied.record()
-        if not self._queues:
+        try:
+            if self._manifest.staging != "none" and self._tables.copies is not None:
+                self._tables.copies.run()
+        finally:
+            if self._device.type == "cuda":
+                self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+                self._copied.record()
+        # A thread of its own, as where an `LLM` is in the trainer's process, has another stream than its model steps.
+        if not self._queues or threading.current_thread() is not threading.main_thread():
             self.finish()
+            self._copied = None
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """As `target.Queues`. What the trainer lent is its own again once this returns."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        if self._copied is None:
+            return False
+        self._copied.synchronize()
+        return True
 
     def proof(self) -> dict[str, Proof]:
         self.finish()
@@ -373,6 +381,8 @@ class DeviceStaging:
         return {region.copy.parameter: "read back" for region in self._regions}
 
     def discard(self) -> None:
+        with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+            self.finish()  # it reads what is about to be given back
         self._ingredients.discard()
         self._staged = {}
         self._lent = {}

@@ -41,7 +41,13 @@ class Ends:
             gpu=gpu_of(torch.device(worker.device)),
             keep=keep,
         )
-        self.sleep = Sleep(worker, self.receiver.poison, self.target.adapters.let_go)
+
+        def let_go() -> None:
+            self.target.adapters.let_go()
+            # A commit that is queued still writes what is about to be put away.
+            torch.cuda.synchronize(worker.device)
+
+        self.sleep = Sleep(worker, self.receiver.poison, let_go)
 
     def handle(self, op: str, arguments: bytes, body: bytes | None = None) -> bytes:
         """`Receiver.handle`, which an engine that sleeps does not get to do."""

@@ -38,7 +38,7 @@ def _commit(self: Any, keep_cache: Any, arguments: bytes, sealing: Sequence[Any]
     if sealing is not None:
         sealed, found = _ask(self, *sealing)
         if not all(each and each["state"] == "sealed" and each["kind"] != "adapter" for each in found):
-            return [sealed, None, 0.0]
+            return [sealed, None, 0.0, 0.0]
     # With the weights awake and the KV cache not, an update is welcome, and whoever put it to sleep lets it go on.
     goes_on = not any(_ask(self, "asleep", msgspec.msgpack.encode({}))[1])
     started = time.monotonic()
@@ -50,12 +50,14 @@ def _commit(self: Any, keep_cache: Any, arguments: bytes, sealing: Sequence[Any]
 
     def commit() -> list[Any]:
         replies, answers = _ask(self, "commit", arguments)
+        committed = time.monotonic()
         if all(answers):
             if callable(label := getattr(self, "set_weight_version", None)):
                 label(str(answers[0]["version"]))
             if goes_on:
                 self.resume_scheduler()
-        return [sealed, replies, time.monotonic() - started]
+        resumed = time.monotonic()
+        return [sealed, replies, resumed - started, resumed - committed]
 
     return _when_paused(self, pausing, commit)
 

@@ -66,11 +66,11 @@ class AsyncHost:
     ) -> AtOnce | None:
         if mode != "keep" or (found := await self._at_once(COMMIT, keep_cache, arguments, sealing)) is None:
             return None
-        sealed, committed, stood = found
+        sealed, committed, stood, after = found
         if committed is None:
             return AtOnce(list(sealed), None, 0.0)
         self._accept_requests()
-        return AtOnce(list(sealed), list(committed), float(stood))
+        return AtOnce(list(sealed), list(committed), float(stood), float(after))
 
     async def stage_at_once(self, arguments: bytes) -> list[bytes] | None:
         replies = await self._at_once(STAGE, arguments)
