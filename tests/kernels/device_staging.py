@@ -261,10 +261,10 @@ def test_a_commit_is_waited_for_where_the_engine_may_not_come_behind_it(rank, mo
 
 
 def test_a_commit_from_another_thread_than_the_engines_is_waited_for(rank, monkeypatch):
-    finished = []
-    staging = DeviceStaging(
-        Manifest(version=1, tensors=rank.specs), rank.plan, rank.places(), DEVICE, Tables(), Held(), queues=True
-    )
+    manifest, full, finished = Manifest(version=1, tensors=rank.specs), weights(22), []
+    staging = DeviceStaging(manifest, rank.plan, rank.places(), DEVICE, Tables(), Held(), queues=True)
+    by_buckets(staging, manifest, full)
+    staging.seal([scan(tensor) for tensor in full.values()])
     monkeypatch.setattr(DeviceStaging, "finish", lambda self: finished.append("waited"))
     thread = threading.Thread(target=staging.commit)
     thread.start()

@@ -349,9 +349,10 @@ class DeviceStaging:
 
     def commit(self) -> None:
         self._held.take(None, None)
+        if self._manifest.staging == "none" or self._tables.copies is None:
+            return
         try:
-            if self._manifest.staging != "none" and self._tables.copies is not None:
-                self._tables.copies.run()
+            self._tables.copies.run()
         finally:
             if self._device.type == "cuda":
                 self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
