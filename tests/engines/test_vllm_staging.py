@@ -146,7 +146,7 @@ def test_where_the_live_memory_is_shared_the_staged_one_is_kept(undoable: bool) 
     assert _kept(*slots) == [staged]
 
 
-@pytest.mark.parametrize(("backend", "same"), [("uni", True), ("mp", True), ("ray", False), (None, False)])
+@pytest.mark.parametrize(("backend", "same"), [("uni", True), ("mp", False), ("ray", False), (None, False)])
 def test_where_workers_answer_in_the_thread_that_runs_model_steps(backend: str | None, same: bool) -> None:
     config = SimpleNamespace(parallel_config=SimpleNamespace(distributed_executor_backend=backend))
     assert target._in_one_thread(config) is same

@@ -219,8 +219,9 @@ def _nothing_to_start_from() -> VersionError:
 
 
 def _in_one_thread(vllm_config: Any) -> bool:
-    """Whether workers answer our calls in the thread that runs model steps, and so on its stream: not so in Ray."""
-    return vllm_config.parallel_config.distributed_executor_backend in ("uni", "mp")
+    """Whether the worker answers our calls in the thread that runs model steps, and so on its stream: not so in Ray.
+    Workers of several processes do, but a queued commit was not yet seen on two GPUs."""
+    return bool(vllm_config.parallel_config.distributed_executor_backend == "uni")
 
 
 def _plan_key(manifest: Manifest) -> object:
