@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -103,3 +105,16 @@ def test_one_that_will_not_go_is_killed(tmp_path, monkeypatch, capsys):
         running.wait_until_ready()
     assert running._process.returncode == -signal.SIGKILL
     assert "mine" in capsys.readouterr().err
+
+
+def test_a_free_port_is_none_that_the_system_gives_away(monkeypatch):
+    """Such a one was somebody else's by the time that a server had been started."""
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        assert given.getsockname()[1] >= lowest
+    ports = [free_port() for _ in range(20)]
+    assert all(10000 <= port < lowest for port in ports)
+    with socket.create_server(("127.0.0.1", ports[0])):
+        drawn = iter([ports[0] - 10000, ports[1] - 10000])
+        monkeypatch.setattr(secrets, "randbelow", lambda most: next(drawn))
+        assert free_port() == ports[1]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from weightwire.demo.server import free_port
 
 __all__ = ["Ended", "last_json", "run_ranks"]
 
@@ -24,9 +25,7 @@ def run_ranks(
     script: Path, *arguments: object, size: int, seconds: float, environment: Mapping[str, str]
 ) -> list[Ended]:
     """How a script ended on each of `size` ranks, which find each other by torchrun's variables."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     common = {**environment, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     command = [sys.executable, str(script), *map(str, arguments)]
     ranks = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import pytest
 
 from support.scripts import last_json
 from support.sessions import end, left_over
+from weightwire.demo.server import free_port
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -108,9 +108,7 @@ def serving(
     model: Path, folder: Path, *flags: str, api_key: str | None = None, uds: Path | None = None, **environment: str
 ) -> Iterator[Server]:
     """`weightwire serve MODEL`, ready; ended with everything it started, also when the test fails."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log, token = folder / f"server-{port}.log", folder / f"token-{port}"
     where = ["--uds", str(uds)] if uds else ["--token-file", str(token), "--host", "127.0.0.1", "--port", str(port)]
     command = [

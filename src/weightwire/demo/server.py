@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from weightwire.errors import DeadlineError, EngineLost, WeightwireError
 
 __all__ = ["Server", "end_session", "free_port"]
 
+_FIRST_PORT = 10000
 _READY_SECONDS = 420.0
 _STOP_SECONDS = 20.0
 _REST_SECONDS = 10.0  # once a server has gone, its other processes remove what they had in shared memory
@@ -39,9 +41,17 @@ _ENVIRONMENT = {
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, below those that the system gives to whoever asks for any: it takes a server
+    seconds until it listens, and one of those might be somebody else's by then."""
+    range_of = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    end = int(range_of.read_text().split()[0]) if range_of.exists() else 32768
+    if end <= _FIRST_PORT:  # none is left below
+        end = 65536
+    while True:
+        port = _FIRST_PORT + secrets.randbelow(end - _FIRST_PORT)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
