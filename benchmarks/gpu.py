@@ -241,14 +241,13 @@ def kernels() -> dict[str, float]:
 def lost(
     gaps: Sequence[tuple[float, float]],
     updates: Sequence[tuple[float, float]],
-    others: Sequence[tuple[float, float]] = (),
+    busy: Sequence[tuple[float, float]],
 ) -> list[float]:
     """Seconds that each update, from when until when, has kept a request waiting: by how much longer it waited for
-    chunks of its answer meanwhile than for as many at other times, without updates or `others`. Only of updates that
-    one request has seen whole."""
+    chunks of its answer meanwhile than for as many when there was none of any way (`busy`). Only of updates that one
+    request has seen whole."""
+    quiet = [b - a for a, b in gaps if not any(b > begin and a < end + AFTER for begin, end in busy)]
     near = [(begin, end + AFTER) for begin, end in updates]
-    busy = [*near, *((begin, end + AFTER) for begin, end in others)]
-    quiet = [b - a for a, b in gaps if not any(b > begin and a < end for begin, end in busy)]
     seen = [[b - a for a, b in gaps if b > begin and a < end] for begin, end in near]
     whole = [each for each, (begin, end) in zip(seen, near, strict=True) if sum(each) >= end - begin]
     return [sum(each) - len(each) * statistics.mean(quiet) for each in whole]
@@ -275,6 +274,7 @@ def load(
         flags += ["--compilation-config", compilation]
     with serving(str(torch.cuda.device_count() - 1), flags) as socket:
         client = httpx.Client(base_url="http://localhost", transport=httpx.HTTPTransport(uds=socket), timeout=120)
+        body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0}
         over = threading.Event()
 
         @contextlib.contextmanager
@@ -288,7 +288,6 @@ def load(
 
         def generate(number: int) -> None:
             some = random.Random(number)  # of all alike, all would be long at the same time
-            body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0}
             with until_over():
                 while not over.is_set():
                     said = client.post("/v1/completions", json={**body, "max_tokens": some.randint(*lengths)})
@@ -302,10 +301,10 @@ def load(
         failed: list[Exception] = []
 
         def follow() -> None:
-            body = {"model": "model", "prompt": "hello", "ignore_eos": True, "temperature": 1.0, "stream": True}
             with until_over():
                 while not over.is_set():
-                    with client.stream("POST", "/v1/completions", json={**body, "max_tokens": lengths[1]}) as answer:
+                    asked = {**body, "stream": True, "max_tokens": lengths[1]}
+                    with client.stream("POST", "/v1/completions", json=asked) as answer:
                         answer.raise_for_status()
                         came = (time.perf_counter() for line in answer.iter_lines() if line.startswith("data: {"))
                         gaps.extend(itertools.pairwise(came))
@@ -354,11 +353,11 @@ def load(
         request.join(30)
     until = times[0, False][0][0]
     seen = [(a, b) for a, b in gaps if b < until]
-    others = [update for way in ways for update in times[way]]
+    busy = [update for way in ways for update in times[way]]
     found = {
         f"{receipts[way][-1]['transport']}, {way[1]}": {
             "kept": mean_and_error([rate / without for without, rate in rates[way]]),
-            "waited": mean_and_error(lost(seen, times[way], others)) if way in ways else None,
+            "waited": mean_and_error(lost(seen, times[way], busy)) if way in ways else None,
             "tokens/s": rates[way],
             "updates": receipts[way],
         }

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +23,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 import weightwire as ww
 from gpu import IDLE, SHAPE, WARM_UP, serving, timed
+from weightwire.demo.server import free_port
 from weightwire.sources.fsdp import FsdpSource
 
 
@@ -70,9 +70,7 @@ def rank(url: str, updates: int) -> None:
 
 def main(updates: int) -> list[dict[str, Any]]:
     size = torch.cuda.device_count()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with serving(str(size - 1), IDLE) as path:
         common = {**os.environ, "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         command = [sys.executable, __file__, "--rank", f"unix:{path}", "--updates", str(updates)]

@@ -921,7 +921,8 @@ def _written(
         else:
             cast(HasPlaces, update.staging).write_parts(bucket, data.parts)  # none but such has parts lie apart
             apart += zip(bucket.pieces, data.parts, strict=True)
-    yield [piece for piece, _ in apart], scan_pieces_any([(part, piece.start) for piece, part in apart])
+    if apart:
+        yield [piece for piece, _ in apart], scan_pieces_any([(part, piece.start) for piece, part in apart])
 
 
 def _write(update: _Update, bucket: Bucket, data: torch.Tensor) -> Sequence[Scan | Pending]:

@@ -85,6 +85,19 @@ def test_what_nccl_does_not_know_travels_as_bytes() -> None:
     ]
 
 
+def fetched(monkeypatch: pytest.MonkeyPatch, group: Group, count: int, places: Any) -> Any:
+    """What is fetched of `count` large buckets, from a group that has them all at once."""
+    specs = tuple(TensorSpec(name=f"w{n}", dtype="uint8", shape=(LARGE,)) for n in range(count))
+    buckets = cut(Manifest(version=1, tensors=specs, bucket_bytes=LARGE))
+    arrivals = Arrivals(
+        update="", rank=0, tensors=specs, buckets=buckets, lease=60.0, cancelled=threading.Event(), places=places
+    )
+    monkeypatch.setattr(Arrivals, "landing", lambda self: Landing(self.buckets, self.places, torch.device("cpu")))
+    monkeypatch.setattr(nccl, "_wait", lambda work, arrivals, pause: None)
+    monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
+    return nccl.fetch("nccl:host:1/key/1/2/kept", arrivals)
+
+
 @pytest.mark.parametrize(
     ("placed", "depths"), [(True, [8, 9, 10, 11, 12, 12, 12, 12, 12, 12, 12, 12]), (False, [3, *range(4, 13), 12, 12])]
 )
@@ -92,36 +105,18 @@ def test_as_much_is_asked_for_ahead_as_has_memory(
     monkeypatch: pytest.MonkeyPatch, placed: bool, depths: list[int]
 ) -> None:
     """How many buckets have been asked for once each is used; where all have places, as many as a GPU may queue."""
-    specs = tuple(TensorSpec(name=f"w{n}", dtype="uint8", shape=(LARGE,)) for n in range(12))
-    buckets = cut(Manifest(version=1, tensors=specs, bucket_bytes=LARGE))
     own, group = torch.zeros(12, LARGE, dtype=torch.uint8), Group()
-    places: Any = (lambda bucket: [own[bucket.index]]) if placed else (lambda bucket: [None])
-    arrivals = Arrivals(
-        update="", rank=0, tensors=specs, buckets=buckets, lease=60.0, cancelled=threading.Event(), places=places
-    )
-    monkeypatch.setattr(Arrivals, "landing", lambda self: Landing(self.buckets, self.places, torch.device("cpu")))
-    monkeypatch.setattr(nccl, "_wait", lambda work, arrivals, pause: None)
-    monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
-    found = [(index, len(group.sent)) for index, _ in nccl.fetch("nccl:host:1/key/1/2/kept", arrivals)]
-    assert found == [*enumerate(depths)]
+    coming = fetched(monkeypatch, group, 12, lambda bucket: [own[bucket.index] if placed else None])
+    assert [(index, len(group.sent)) for index, _ in coming] == [*enumerate(depths)]
 
 
 def test_no_memory_is_asked_for_that_is_not_used_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where some buckets have places and some have not, in turn."""
-    count = 20
-    specs = tuple(TensorSpec(name=f"w{n}", dtype="uint8", shape=(LARGE,)) for n in range(count))
-    buckets = cut(Manifest(version=1, tensors=specs, bucket_bytes=LARGE))
-    own, group = torch.zeros(count, LARGE, dtype=torch.uint8), Group()
+    own, group = torch.zeros(20, LARGE, dtype=torch.uint8), Group()
     asked: list[int] = []
     group.broadcast = lambda tensors, _: asked.append(tensors[0].data_ptr())  # type: ignore[method-assign]
-    arrivals = Arrivals(
-        update="", rank=0, tensors=specs, buckets=buckets, lease=60.0, cancelled=threading.Event(),
-        places=lambda bucket: [own[bucket.index] if bucket.index % 3 else None],
-    )  # fmt: skip
-    monkeypatch.setattr(Arrivals, "landing", lambda self: Landing(self.buckets, self.places, torch.device("cpu")))
-    monkeypatch.setattr(nccl, "_wait", lambda work, arrivals, pause: None)
-    monkeypatch.setattr(nccl, "_joined", [nccl._Group("key", None, group)])
-    for index, landed in nccl.fetch("nccl:host:1/key/1/2/kept", arrivals):
+    coming = fetched(monkeypatch, group, 20, lambda bucket: [own[bucket.index] if bucket.index % 3 else None])
+    for index, landed in coming:
         assert asked[index] == landed.parts[0].data_ptr()
         assert asked[index] not in asked[index + 1 :]  # else what comes next is written over what is used now
-    assert len(asked) == count
+    assert len(asked) == 20

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +25,8 @@ from torch.distributed import distributed_c10d as c10d
 
 sys.path.insert(0, str(Path(__file__).parent))
 import models
+
+from weightwire.demo.server import free_port
 
 _out = sys.stdout
 sys.stdout = sys.stderr
@@ -78,9 +79,7 @@ class Trainer:
     def init(self) -> None:
         if self.custom == "ipc":
             return
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.joined += 1
         name = f"openrlhf{self.joined}"  # torch wants another name for each group of one process
         backend = "gloo" if self.custom == "gloo" else "nccl"
